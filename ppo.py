@@ -1,0 +1,602 @@
+"""RLHF by PPO: the edit that is learned, the policies it is compared with, rollouts, losses, the loop, the evaluation.
+
+Dimension key: B episodes   T tokens of prompt and response   R response tokens   D hidden size   M MLP neurons   V vocabulary
+               F SAE features   A active features of the fullest token
+
+References:
+    PPO: Schulman et al. 2017, arXiv:1707.06347;  GAE: Schulman et al. 2016, arXiv:1506.02438
+    RLHF of language models: Ziegler et al. 2019, arXiv:1909.08593 ("Ziegler" below)
+"""
+
+import copy
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pythia import Pythia, Tokenizer, UserError, pad_left
+from sae import SAE
+
+POLICIES = ("coef", "full")
+EDITS = ("scale", "scale+bias")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """--stage rlhf"""
+
+    iterations: int = 24                 # rollouts, each followed by `epochs` passes over it
+    episodes: int = 512                  # responses a rollout
+    samples_per_prompt: int = 4          # responses to each prompt of a rollout
+    response_tokens: int = 24            # R; a response is cut behind its first end-of-text token
+    temperature: float = 1.0             # of sampling, and of the policy's and the reference's logprobs alike
+    epochs: int = 4                      # passes over a rollout
+    minibatches: int = 4                 # optimizer steps a pass
+    micro_batch: int = 128               # episodes a forward pass; lower it to save memory
+    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.02 for coefficients, 1e-4 for weights
+    critic_lr: float = 3e-3              # of the value head
+    adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
+    gamma: float = 1.0                   # discount
+    lam: float = 0.95                    # λ of GAE
+    clip: float = 0.2                    # of the ratio, and of the value around its old value
+    vf_coef: float = 0.1                 # weight of the value loss (Ziegler)
+    kl_coef: float = 0.05                # β at the start, with scores of unit standard deviation
+    kl_target: float = 6.0               # nats a response that the controller of β aims at (Ziegler)
+    kl_horizon: float = 10.0             # iterations; Ziegler's 10,000 episodes would leave β as it is in so short a run
+    shrink: float = 0.0                  # proximal L1 on c − 1 and b: share of a full Adam step that each step pulls them back
+    eval_every: int = 8                  # iterations between evaluations along training
+    eval_samples: int = 8                # samples for each held-out prompt
+    checkpoint_seconds: float = 120.0    # between resumable states
+
+    def __post_init__(self):
+        if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
+            raise UserError("--rlhf-episodes must be a multiple of --rlhf-samples-per-prompt and of --rlhf-minibatches")
+        for name in ("iterations", "response_tokens", "epochs", "micro_batch", "temperature", "kl_horizon", "kl_target"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--rlhf-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- the edit
+
+class SparseFeatures(NamedTuple):
+    """Features of tokens, active ones only: ids_BTA and values_BTA, padded with value 0 (and id 0)."""
+    ids_BTA: Tensor
+    values_BTA: Tensor
+
+
+class FeatureScale(nn.Module):
+    """m' = m + ((c − 1) ⊙ f(m)) W_dec: scale each SAE feature's output vector, pass the SAE's error through.
+
+    With `bias`: m' = m + ((c − 1) ⊙ f(m) + b) W_dec, b an always-on push along each feature vector. coef_F = 1 and bias_F = 0
+    at the start, where the change is exactly 0 and the policy is the reference.
+    """
+
+    def __init__(self, sae: SAE, bias: bool = False):
+        super().__init__()
+        self.sae = sae.requires_grad_(False)
+        device, dtype = sae.W_dec_FD.device, sae.W_dec_FD.dtype
+        self.coef_F = nn.Parameter(torch.ones(sae.num_features, device=device, dtype=dtype))
+        self.bias_F = nn.Parameter(torch.zeros(sae.num_features, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
+        """-> change_BTD, which Pythia adds to the residual stream."""
+        return self.change(self.encode(mlp_BTD, neurons_BTM)).to(mlp_BTD.dtype)
+
+    def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> SparseFeatures:
+        """-> the features, which do not depend on what is learned here: PPO computes them once a rollout."""
+        return sparse(self.sae.encode(mlp_BTD.to(self.sae.W_dec_FD.dtype)))
+
+    def change(self, features: SparseFeatures) -> Tensor:
+        """((c − 1) ⊙ f) W_dec (+ b W_dec) -> change_BTD. A token has some 30 active features of thousands; only theirs are added up."""
+        B, T, A = features.ids_BTA.shape
+        ids_NA, values_NA = features.ids_BTA.view(-1, A), features.values_BTA.view(-1, A)
+        scale_NA = (self.coef_F - 1).index_select(0, ids_NA.flatten()).view(-1, A) * values_NA
+        change_BTD = F.embedding_bag(ids_NA, self.sae.W_dec_FD, per_sample_weights=scale_NA, mode="sum").view(B, T, -1)
+        return change_BTD if self.bias_F is None else change_BTD + self.bias_F @ self.sae.W_dec_FD
+
+    @torch.no_grad()
+    def shrink(self, amount: float) -> None:
+        """Proximal step of an L1 penalty on c − 1 and b: move each by `amount` towards its start, and no further.
+        What the reward does not hold away from it comes to rest *exactly* at 1 (or 0)."""
+        self.coef_F.copy_(1 + F.softshrink(self.coef_F - 1, amount))
+        if self.bias_F is not None:
+            self.bias_F.copy_(F.softshrink(self.bias_F, amount))
+
+
+def sparse(features_BTF: Tensor) -> SparseFeatures:
+    """Keep the active features only. Gradients flow through the values."""
+    B, T, _ = features_BTF.shape
+    flat_NF = features_BTF.flatten(0, 1)
+    row_X, id_X = flat_NF.nonzero(as_tuple=True)                   # X: all active features of all tokens, token by token
+    count_N = torch.bincount(row_X, minlength=B * T)
+    place_X = torch.arange(len(row_X), device=row_X.device) - (count_N.cumsum(0) - count_N)[row_X]
+    A = max(1, int(count_N.max()))
+    ids_NA = torch.zeros(B * T, A, dtype=torch.long, device=row_X.device)
+    ids_NA[row_X, place_X] = id_X
+    values_NA = flat_NF.new_zeros(B * T, A).index_put((row_X, place_X), flat_NF[row_X, id_X])
+    return SparseFeatures(ids_NA.view(B, T, A), values_NA.view(B, T, A))
+
+
+# ----------------------------------------------------------------------------------------------------------------- policies
+
+class Trunk(NamedTuple):
+    """What of a rollout does not depend on the learned parameters, one row an episode."""
+    ref_hidden_BRD: Tensor               # the reference's final hidden states at the positions that predict the response
+    resid_BTD: Tensor | None = None      # after the lowest edited layer, without its edit
+    features: SparseFeatures | None = None      # at that layer
+
+
+class EditPolicy:
+    """The frozen model with a learned edit at one layer or several. The reference is the same model without the edits.
+
+    Nothing below the lowest edited layer depends on what is learned, nor do that layer's own attention, MLP and features. So a
+    rollout's residual stream r = x + attn + mlp and features there are computed once (`observe`), and `hidden` runs only
+    r + change and the layers above. Features of higher edited layers do depend on it and are computed anew, with gradient.
+    """
+
+    def __init__(self, model: Pythia, edits: dict[int, FeatureScale]):
+        self.model = self.reference = model
+        self.edits = edits
+        self.lowest = min(edits)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {f"{layer}.{name}": p for layer, edit in self.edits.items() for name, p in edit.named_parameters() if p.requires_grad}
+
+    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Trunk:
+        resid_BTD, mlp_BTD, neurons_BTM = self.model.trunk(tokens_BT, self.lowest, mask_BT)
+        ref_hidden_BRD = self.model.hidden_from(resid_BTD, self.lowest, mask_BT)[:, -R - 1:-1]
+        return Trunk(ref_hidden_BRD, resid_BTD, self.edits[self.lowest].encode(mlp_BTD, neurons_BTM))
+
+    def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
+        """-> the policy's final hidden states at the positions that predict the response, hidden_BRD."""
+        edited_BTD = trunk.resid_BTD + self.edits[self.lowest].change(trunk.features).to(trunk.resid_BTD.dtype)
+        return self.model.hidden_from(edited_BTD, self.lowest, mask_BT, edits=self.edits)[:, -R - 1:-1]
+
+    def after_step(self, lr: float, cfg: PPOConfig) -> None:
+        if cfg.shrink:
+            for edit in self.edits.values():
+                edit.shrink(lr * cfg.shrink)
+
+    def n_changed(self) -> int:
+        return sum(int((p != (1 if name.endswith("coef_F") else 0)).sum()) for name, p in self.trainable().items())
+
+
+class WeightPolicy:
+    """Every weight of the model is trainable; the reference is a frozen copy. Nothing can be cached but the reference."""
+
+    def __init__(self, model: Pythia):
+        self.reference = model
+        self.model = copy.deepcopy(model).requires_grad_(True)
+        self.edits = None
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Trunk:
+        return Trunk(self.reference.hidden(tokens_BT, mask_BT)[:, -R - 1:-1])
+
+    def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
+        return self.model.hidden(tokens_BT, mask_BT)[:, -R - 1:-1]
+
+    def after_step(self, lr: float, cfg: PPOConfig) -> None:
+        pass
+
+    def n_changed(self) -> int:
+        reference = dict(self.reference.named_parameters())
+        return sum(int((p != reference[name]).sum()) for name, p in self.trainable().items())
+
+
+Policy = EditPolicy | WeightPolicy
+
+
+def make_policy(name: str, model: Pythia, saes: dict[int, SAE], edit: str = "scale") -> Policy:
+    """-> the policy of `--policy`; `saes` holds the SAE of each layer to edit."""
+    if name not in POLICIES:
+        raise UserError(f"--policy {name}: choose from {', '.join(POLICIES)}")
+    if edit not in EDITS:
+        raise UserError(f"--edit {edit}: choose from {', '.join(EDITS)}")
+    if name == "full":
+        return WeightPolicy(model)
+    return EditPolicy(model, {layer: FeatureScale(sae, bias=edit == "scale+bias") for layer, sae in saes.items()})
+
+
+class Critic(nn.Module):
+    """V_t = w_t · h_t + b_t, h_t the *reference's* final hidden state before response token t: no transformer pass of its own.
+
+    One w and b a position, as what is left to come differs from position to position; 0 at the start (Ziegler).
+    """
+
+    def __init__(self, hidden_size: int, response_tokens: int, device: torch.device):
+        super().__init__()
+        self.weight_RD = nn.Parameter(torch.zeros(response_tokens, hidden_size, device=device))
+        self.bias_R = nn.Parameter(torch.zeros(response_tokens, device=device))
+
+    def forward(self, ref_hidden_BRD: Tensor) -> Tensor:
+        """-> values_BR"""
+        return (ref_hidden_BRD.float() * self.weight_RD).sum(-1) / ref_hidden_BRD.shape[-1] ** 0.5 + self.bias_R
+
+
+# ----------------------------------------------------------------------------------------------------------------- rollouts
+
+@dataclass
+class Rollout:
+    """Episodes of one iteration. Prompts are padded on the left to one length, so the last R columns are the response."""
+    tokens_BT: Tensor
+    mask_BT: Tensor                      # 1: prompt, and response up to and including its first end-of-text token
+    mask_BR: Tensor                      # that of the response
+    trunk: Trunk
+    values_BR: Tensor                    # of the critic, before this iteration's updates
+    logprobs_BR: Tensor                  # of the policy that sampled
+    ref_logprobs_BR: Tensor
+    kl_BR: Tensor                        # exact KL(policy ‖ reference) of each next-token distribution, nats; 0 outside the mask
+    entropy_BR: Tensor                   # of the policy's next-token distribution, nats; 0 outside the mask
+
+    @property
+    def mean_kl(self) -> float:
+        """Nats a response."""
+        return self.kl_BR.sum(1).mean().item()
+
+
+def select(value, rows: Tensor | slice):
+    """-> the given rows (episodes) of a tensor, of a (named) tuple, dataclass or of None."""
+    if value is None or isinstance(value, Tensor):
+        return value if value is None else value[rows]
+    if isinstance(value, tuple):
+        return type(value)(*(select(part, rows) for part in value))
+    return type(value)(**{field.name: select(getattr(value, field.name), rows) for field in fields(value)})
+
+
+def join(parts: list):
+    """The reverse of `select`: one value of many parts, in order. Sparse features are padded to the widest part."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, SparseFeatures):
+        A = max(part.ids_BTA.shape[-1] for part in parts)
+        return SparseFeatures(*(torch.cat([F.pad(t, (0, A - t.shape[-1])) for t in tensors]) for tensors in zip(*parts)))
+    if isinstance(first, tuple):
+        return type(first)(*(join(list(part)) for part in zip(*parts)))
+    return type(first)(**{field.name: join([getattr(part, field.name) for part in parts]) for field in fields(first)})
+
+
+@torch.no_grad()
+def collect_rollouts(policy: Policy, critic: Critic, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
+                     generator: torch.Generator) -> Rollout:
+    """Sample one response a row of the prompts, and compute all that an iteration needs of them, in micro-batches."""
+    parts = []
+    for rows in slices(len(prompt_BT), cfg.micro_batch):
+        parts.append(observe(policy, critic, *respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text,
+                                                      cfg, generator), cfg))
+    return join(parts)
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """-> consecutive slices of at most `size` that cover `length`."""
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
+def respond(model: Pythia, edits, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
+            generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out."""
+    R = cfg.response_tokens
+    tokens_BT = model.generate(prompt_BT, R, prompt_mask_BT, cfg.temperature, edits, generator)
+    ended_BR = (tokens_BT[:, -R:] == end_of_text).long()
+    mask_BR = (ended_BR.cumsum(1) - ended_BR == 0).long()
+    return tokens_BT, torch.cat([prompt_mask_BT, mask_BR], dim=1)
+
+
+@torch.no_grad()
+def observe(policy: Policy, critic: Critic | None, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig) -> Rollout:
+    """Compute logprobs (through the training path, so that the first ratio is exactly 1), KL, entropy and values of responses."""
+    R = cfg.response_tokens
+    mask_BR, response_BR = mask_BT[:, -R:], tokens_BT[:, -R:]
+    trunk = policy.observe(tokens_BT, mask_BT, R)
+    logp_BRV = next_logprobs(policy.model, policy.hidden(tokens_BT, mask_BT, R, trunk), cfg.temperature)
+    ref_logp_BRV = next_logprobs(policy.reference, trunk.ref_hidden_BRD, cfg.temperature)
+    kl_BR = (logp_BRV.exp() * (logp_BRV - ref_logp_BRV)).sum(-1) * mask_BR
+    entropy_BR = -(logp_BRV.exp() * logp_BRV).sum(-1) * mask_BR
+    values_BR = critic(trunk.ref_hidden_BRD) if critic else torch.zeros_like(kl_BR)
+    return Rollout(tokens_BT, mask_BT, mask_BR, trunk, values_BR, pick(logp_BRV, response_BR), pick(ref_logp_BRV, response_BR),
+                   kl_BR, entropy_BR)
+
+
+def next_logprobs(model: Pythia, hidden_BRD: Tensor, temperature: float) -> Tensor:
+    """-> log-probabilities of the next token, float32 or better whatever the model's dtype, logprobs_BRV."""
+    logits_BRV = model.embed_out(hidden_BRD)
+    return torch.log_softmax((logits_BRV if logits_BRV.dtype == torch.float64 else logits_BRV.float()) / temperature, dim=-1)
+
+
+def pick(logprobs_BRV: Tensor, tokens_BR: Tensor) -> Tensor:
+    """-> the logprob of each token that was sampled, logprobs_BR."""
+    return logprobs_BRV.gather(-1, tokens_BR[..., None]).squeeze(-1)
+
+
+# --------------------------------------------------------------------------------------------------- rewards and advantages
+
+def kl_rewards(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, scores_B: Tensor, mask_BR: Tensor, kl_coef: float) -> Tensor:
+    """r_t = −kl_coef · (logπ_t − logπref_t), plus the score on the last response token -> rewards_BR, 0 outside the mask."""
+    rewards_BR = -kl_coef * (logprobs_BR - ref_logprobs_BR) * mask_BR
+    last_B = mask_BR.sum(1).long() - 1
+    rewards_BR[torch.arange(len(scores_B), device=scores_B.device), last_B] += scores_B.to(rewards_BR.dtype)
+    return rewards_BR
+
+
+def gae(rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation -> (advantages_BR, returns_BR), 0 outside the mask.
+
+    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γ λ A_{t+1},  return = A_t + V_t; the value behind the last token is 0.
+    """
+    rewards_BR, values_BR = rewards_BR * mask_BR, values_BR * mask_BR
+    advantages_BR = torch.zeros_like(rewards_BR)
+    next_value_B = next_advantage_B = torch.zeros_like(rewards_BR[:, 0])
+    for t in reversed(range(rewards_BR.shape[1])):
+        delta_B = rewards_BR[:, t] + gamma * next_value_B - values_BR[:, t]
+        advantages_BR[:, t] = next_advantage_B = (delta_B + gamma * lam * next_advantage_B) * mask_BR[:, t]
+        next_value_B = values_BR[:, t]
+    return advantages_BR, advantages_BR + values_BR
+
+
+def whiten(x_BR: Tensor, mask_BR: Tensor) -> Tensor:
+    """(x − mean) / √(var + 1e-8) over the mask, biased variance (Ziegler); 0 outside the mask."""
+    mean = masked_mean(x_BR, mask_BR)
+    variance = masked_mean((x_BR - mean).square(), mask_BR)
+    return (x_BR - mean) * torch.rsqrt(variance + 1e-8) * mask_BR
+
+
+def masked_mean(x_BR: Tensor, mask_BR: Tensor) -> Tensor:
+    return (x_BR * mask_BR).sum() / mask_BR.sum()
+
+
+class AdaptiveKL:
+    """β ← β (1 + clip(KL / target − 1, ±0.2) / horizon), once an iteration (Ziegler; their horizon counts episodes)."""
+
+    def __init__(self, coef: float, target: float, horizon: float):
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl: float) -> None:
+        self.coef *= 1 + max(-0.2, min(0.2, kl / self.target - 1)) / self.horizon
+
+    def state_dict(self) -> dict:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.coef = state["coef"]
+
+
+class Losses(NamedTuple):
+    """Scalars; all but `total` are for the log."""
+    total: Tensor
+    policy: Tensor
+    value: Tensor
+    approx_kl: Tensor                    # ½ mean (logπ − logπold)², how far the policy is from the one that sampled
+    clipfrac: Tensor                     # share of tokens whose ratio is clipped
+    vf_clipfrac: Tensor
+    ratio: Tensor                        # mean of π / πold
+
+
+def ppo_loss(logprobs_BR: Tensor, values_BR: Tensor, batch: Rollout, advantages_BR: Tensor, returns_BR: Tensor, cfg: PPOConfig) -> Losses:
+    """Clipped surrogate and clipped value loss, means over the mask (Schulman et al. 2017; Ziegler):
+
+        max(−A ρ, −A clip(ρ, 1 ± ε)),  ρ = π / πold      ½ max((V − return)², (Vold + clip(V − Vold, ±ε) − return)²)
+    """
+    mask_BR = batch.mask_BR
+    log_ratio_BR = (logprobs_BR - batch.logprobs_BR) * mask_BR
+    ratio_BR = log_ratio_BR.exp()
+    plain_BR = -advantages_BR * ratio_BR
+    clipped_BR = -advantages_BR * ratio_BR.clamp(1 - cfg.clip, 1 + cfg.clip)
+    near_BR = batch.values_BR + (values_BR - batch.values_BR).clamp(-cfg.clip, cfg.clip)
+    error_BR, near_error_BR = (values_BR - returns_BR).square(), (near_BR - returns_BR).square()
+    policy = masked_mean(torch.maximum(plain_BR, clipped_BR), mask_BR)
+    value = 0.5 * masked_mean(torch.maximum(error_BR, near_error_BR), mask_BR)
+    return Losses(policy + cfg.vf_coef * value, policy, value, 0.5 * masked_mean(log_ratio_BR.square(), mask_BR),
+                  masked_mean((clipped_BR > plain_BR).float(), mask_BR), masked_mean((near_error_BR > error_BR).float(), mask_BR),
+                  masked_mean(ratio_BR, mask_BR))
+
+
+# ----------------------------------------------------------------------------------------------------------------- the loop
+
+class Prompts:
+    """Token ids of prompts, each behind an end-of-text token, padded on the left to one length: tokens_BT, mask_BT."""
+
+    def __init__(self, texts: list[str], tokenizer: Tokenizer, response_tokens: int, max_positions: int, device: torch.device):
+        rows = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts]
+        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+        if len(rows[longest]) + response_tokens > max_positions:
+            raise UserError(f"prompt {texts[longest][:60]!r}… has {len(rows[longest])} tokens; with {response_tokens} of response "
+                            f"the model's context of {max_positions} is too short: shorten it")
+        self.tokens_BT, self.mask_BT = (t.to(device) for t in pad_left(rows, tokenizer.end_of_text))
+        self.end_of_text = tokenizer.end_of_text
+
+    def draw(self, number: int, repeats: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """-> tokens and mask of `number` prompts at random, each `repeats` times; none twice before all were once."""
+        rounds = -(-number // len(self.tokens_BT))
+        order = torch.cat([torch.randperm(len(self.tokens_BT), generator=generator) for _ in range(rounds)])[:number]
+        order = order.repeat_interleave(repeats).to(self.tokens_BT.device)
+        return self.tokens_BT[order], self.mask_BT[order]
+
+
+def train_ppo(policy: Policy, prompts: Prompts, score_fn: Callable[[Tensor, Tensor], Tensor], cfg: PPOConfig, run,
+              generator: torch.Generator, evaluation: "Evaluation | None" = None) -> Policy:
+    """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
+    critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
+    lr = cfg.lr or (1e-4 if isinstance(policy, WeightPolicy) else 0.02)
+    optimizer = torch.optim.Adam([{"params": list(policy.trainable().values()), "lr": lr},
+                                  {"params": list(critic.parameters()), "lr": cfg.critic_lr}], eps=cfg.adam_eps)
+    kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
+    first = run.restore(policy=Trainable(policy), critic=critic, optimizer=optimizer, kl=kl, standardize=standardize, generator=generator)
+    bar = tqdm(range(first, cfg.iterations), desc="rlhf", initial=first, total=cfg.iterations)
+    for iteration in bar:
+        start = time.monotonic()
+        drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
+        rollout = collect_rollouts(policy, critic, *drawn, prompts.end_of_text, cfg, generator)
+        scores_B = score_in_batches(score_fn, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch)      # the reward model's only appearance
+        rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, standardize(scores_B), rollout.mask_BR, kl.coef)
+        advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
+        advantages_BR = whiten(advantages_BR, rollout.mask_BR)
+        figures = update(policy, critic, optimizer, rollout, advantages_BR, returns_BR, cfg, generator, 1 - iteration / cfg.iterations)
+        figures |= rollout_figures(rollout, scores_B, returns_BR, kl.coef, prompts.end_of_text)
+        kl.update(rollout.mean_kl)
+        figures |= {"n_changed": policy.n_changed(), "episodes_per_second": cfg.episodes / (time.monotonic() - start)}
+        if evaluation and (iteration + 1) % cfg.eval_every == 0 and iteration + 1 < cfg.iterations:
+            figures |= {f"eval_{key}": value for key, value in evaluation(policy).figures.items()}
+        run.log(step=iteration, **figures)
+        bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{figures['kl']:.2f}", changed=figures["n_changed"])
+        run.checkpoint(iteration + 1, cfg.checkpoint_seconds, policy=Trainable(policy), critic=critic, optimizer=optimizer, kl=kl,
+                       standardize=standardize, generator=generator)
+    return policy
+
+
+def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, rollout: Rollout, advantages_BR: Tensor, returns_BR: Tensor,
+           cfg: PPOConfig, generator: torch.Generator, lr_factor: float) -> dict:
+    """`epochs` passes over the rollout in shuffled minibatches -> means of the losses over all of them."""
+    size, R, figures = cfg.episodes // cfg.minibatches, cfg.response_tokens, []
+    base_lrs = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
+    for group, base_lr in zip(optimizer.param_groups, base_lrs):
+        group["lr"] = base_lr * lr_factor
+    for _ in range(cfg.epochs):
+        for rows in torch.randperm(cfg.episodes, generator=generator).to(advantages_BR.device).split(size):
+            optimizer.zero_grad()
+            for micro in rows.split(cfg.micro_batch):              # gradients add up over micro-batches
+                batch = select(rollout, micro)
+                hidden_BRD = policy.hidden(batch.tokens_BT, batch.mask_BT, R, batch.trunk)
+                logprobs_BR = pick(next_logprobs(policy.model, hidden_BRD, cfg.temperature), batch.tokens_BT[:, -R:])
+                losses = ppo_loss(logprobs_BR, critic(batch.trunk.ref_hidden_BRD), batch, advantages_BR[micro], returns_BR[micro], cfg)
+                (losses.total * len(micro) / len(rows)).backward()
+                figures.append(torch.stack([loss.detach() for loss in losses]))
+            optimizer.step()
+            policy.after_step(optimizer.param_groups[0]["lr"], cfg)
+    return dict(zip(("loss", "policy_loss", "value_loss", "approx_kl", "clipfrac", "vf_clipfrac", "ratio"), torch.stack(figures).mean(0).tolist()))
+
+
+def rollout_figures(rollout: Rollout, scores_B: Tensor, returns_BR: Tensor, kl_coef: float, end_of_text: int) -> dict:
+    """Figures of one rollout for the log; scores as the reward model gives them."""
+    mask_BR = rollout.mask_BR
+    mean = masked_mean(returns_BR, mask_BR)
+    variance = masked_mean((returns_BR - mean).square(), mask_BR)
+    error = masked_mean((returns_BR - rollout.values_BR).square(), mask_BR)
+    return {"score": scores_B.mean().item(), "score_std": scores_B.std().item(), "kl": rollout.mean_kl, "kl_coef": kl_coef,
+            "entropy": masked_mean(rollout.entropy_BR, mask_BR).item(), "returns_mean": mean.item(), "returns_var": variance.item(),
+            "var_explained": (1 - error / variance).item(), "response_tokens": mask_BR.sum(1).float().mean().item(),
+            "ended": (rollout.tokens_BT[:, -mask_BR.shape[1]:] == end_of_text).any(1).float().mean().item()}
+
+
+@torch.no_grad()
+def score_in_batches(score_fn: Callable[[Tensor, Tensor], Tensor], tokens_BT: Tensor, mask_BT: Tensor, size: int) -> Tensor:
+    """-> scores_B in float32."""
+    return torch.cat([score_fn(tokens_BT[rows], mask_BT[rows]).float() for rows in slices(len(tokens_BT), size)])
+
+
+class Standardize:
+    """Scores to mean 0 and standard deviation 1 on the reference's samples, so that clips and β mean the same for every reward."""
+
+    def __init__(self, mean: float, std: float):
+        self.mean, self.std = mean, std
+
+    @classmethod
+    def by_reference(cls, policy: Policy, prompts: Prompts, score_fn, cfg: PPOConfig, generator: torch.Generator) -> "Standardize":
+        """By 256 samples of the reference (Ziegler)."""
+        drawn = prompts.draw(256, 1, generator)
+        tokens_BT, mask_BT = respond(policy.reference, None, *drawn, prompts.end_of_text, cfg, generator)
+        scores_B = score_in_batches(score_fn, tokens_BT, mask_BT, cfg.micro_batch)
+        return cls(scores_B.mean().item(), max(scores_B.std().item(), 1e-6))
+
+    def __call__(self, scores_B: Tensor) -> Tensor:
+        return (scores_B - self.mean) / self.std
+
+    def state_dict(self) -> dict:
+        return {"mean": self.mean, "std": self.std}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.mean, self.std = state["mean"], state["std"]
+
+
+class Trainable:
+    """The learned parameters of a policy as resumable state."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def state_dict(self) -> dict:
+        return {name: p.detach() for name, p in self.policy.trainable().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, parameter in self.policy.trainable().items():
+            parameter.copy_(state[name])
+
+
+# --------------------------------------------------------------------------------------------------------------- evaluation
+
+class Evaluated(NamedTuple):
+    figures: dict[str, float]
+    tokens_BT: Tensor                    # the policy's samples on the held-out prompts
+    mask_BT: Tensor
+    scores_B: Tensor
+
+
+class Evaluation:
+    """The same for every policy: held-out prompts, `eval_samples` samples each, policy and reference drawn with the same uniforms,
+    so that with nothing learned the texts are equal. Standard errors (`_se`) are over prompts, whose samples are averaged first.
+
+    score_gain_std   (mean policy score − mean reference score) / std of all reference scores
+    reward_loss      mean −log σ(score_policy − score_ref), sample by sample: the reward model's own loss on "the policy's answer
+                     is better"; exactly ln 2 with nothing learned
+    kl               mean over the policy's samples of the exact KL(policy ‖ reference) summed over the response, nats
+    entropy          mean entropy of the policy's next-token distributions, nats a token
+    """
+
+    def __init__(self, reference: Pythia, prompts: Prompts, score_fn: Callable[[Tensor, Tensor], Tensor], cfg: PPOConfig, seed: int):
+        self.prompts, self.score_fn, self.cfg, self.seed = prompts, score_fn, cfg, seed
+        self.reference = self.samples(reference, None)
+
+    def samples(self, model: Pythia, edits) -> Evaluated:
+        """Sample and score, the same uniforms in every call."""
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens_BT, mask_BT = (t.repeat_interleave(self.cfg.eval_samples, 0) for t in (self.prompts.tokens_BT, self.prompts.mask_BT))
+        parts = [respond(model, edits, tokens_BT[rows], mask_BT[rows], self.prompts.end_of_text, self.cfg, generator)
+                 for rows in slices(len(tokens_BT), self.cfg.micro_batch)]
+        tokens_BT, mask_BT = (torch.cat(tensors) for tensors in zip(*parts))
+        return Evaluated({}, tokens_BT, mask_BT, score_in_batches(self.score_fn, tokens_BT, mask_BT, self.cfg.micro_batch))
+
+    def __call__(self, policy: Policy) -> Evaluated:
+        """-> figures, samples and scores of the policy."""
+        sampled = self.samples(policy.model, policy.edits)
+        parts = [observe(policy, None, sampled.tokens_BT[rows], sampled.mask_BT[rows], self.cfg)
+                 for rows in slices(len(sampled.tokens_BT), self.cfg.micro_batch)]
+        kl_B = torch.cat([part.kl_BR.sum(1) for part in parts])
+        entropy_BR, mask_BR = (torch.cat([getattr(part, name) for part in parts]) for name in ("entropy_BR", "mask_BR"))
+        gain_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std()
+        gain_std, gain_se = self.mean_and_error(gain_B / std)
+        kl, kl_se = self.mean_and_error(kl_B)
+        loss, loss_se = self.mean_and_error(-F.logsigmoid(gain_B))
+        return sampled._replace(figures={
+            "score_ref": self.reference.scores_B.mean().item(), "score_policy": sampled.scores_B.mean().item(),
+            "score_gain_std": gain_std, "score_gain_std_se": gain_se, "reward_loss": loss, "reward_loss_se": loss_se,
+            "kl": kl, "kl_se": kl_se, "entropy": masked_mean(entropy_BR, mask_BR).item()})
+
+    def gain_by(self, score_fn: Callable[[Tensor, Tensor], Tensor], sampled: Evaluated, name: str) -> dict:
+        """-> the gain of the same samples by another score function, in its own standard deviations on the reference's samples."""
+        before_B, after_B = (score_in_batches(score_fn, s.tokens_BT, s.mask_BT, self.cfg.micro_batch) for s in (self.reference, sampled))
+        gain, error = self.mean_and_error((after_B - before_B) / before_B.std())
+        return {f"{name}_gain_std": gain, f"{name}_gain_std_se": error}
+
+    def mean_and_error(self, x_B: Tensor) -> tuple[float, float]:
+        """-> mean and its standard error over prompts."""
+        by_prompt = x_B.double().view(-1, self.cfg.eval_samples).mean(1)
+        return by_prompt.mean().item(), (by_prompt.std() / len(by_prompt) ** 0.5).item()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far: on a GPU what torch allocated there, on a CPU the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20        # Linux counts in KiB

@@ -1,0 +1,670 @@
+"""GPT-NeoX, the architecture of Pythia, written by hand: model, generation, tokenizer, checkpoints.
+
+The whole model is here, one class a part, smallest first; parameters are named as in the published checkpoints.
+
+Dimension key (suffixes of tensor names, after Shazeer):
+    B batch   T tokens   S tokens attended to (with a cache: past and present)   R response tokens   N rows (tokens, flattened)
+    D hidden size   H heads   K head size   M MLP neurons   F SAE features   V vocabulary
+
+References:
+    GPT-NeoX-20B, Black et al. 2022, arXiv:2204.06745
+    Pythia, Biderman et al. 2023, arXiv:2304.01373
+    RoFormer (rotary embeddings), Su et al. 2021, arXiv:2104.09864
+"""
+
+import gzip
+import json
+import math
+import mmap
+import os
+import re
+import struct
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Edit = Callable[[Tensor, Tensor], Tensor]            # (mlp_BTD, neurons_BTM) -> change_BTD, see Pythia.forward
+Edits = dict[int, Edit]                              # layer -> edit
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class UserError(Exception):
+    """Something that the user can mend: what was wrong, in which file or option, what to do. Shown as one line, exit code 2."""
+
+
+# ------------------------------------------------------------------------------------------------------------ configuration
+
+@dataclass(frozen=True)
+class PythiaConfig:
+    """The shape of a GPT-NeoX model. Field names are ours; `from_json` reads those of old and new config.json files."""
+
+    vocab_size: int                      # V, rows of the embedding; more than the tokenizer has, padded for speed
+    hidden_size: int                     # D
+    num_layers: int
+    num_heads: int                       # H; the head size K is hidden_size / num_heads
+    intermediate_size: int               # M
+    max_positions: int = 2048            # tokens of context the model was trained on
+    rotary_pct: float = 0.25             # share of each head's dimensions that rotary embeddings turn
+    rotary_base: float = 10_000.0
+    layer_norm_eps: float = 1e-5
+    parallel_residual: bool = True       # x + attn(ln1 x) + mlp(ln2 x), as every Pythia; else mlp sees x + attn
+    tie_embeddings: bool = False         # embed_out shares the weight of embed_in
+
+    def __post_init__(self):
+        sizes = (self.vocab_size, self.hidden_size, self.num_layers, self.num_heads, self.intermediate_size, self.max_positions)
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise UserError(f"model config: sizes must be positive whole numbers, found {sizes}")
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"model config: hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads")
+        if not (self.layer_norm_eps > 0 and self.rotary_base > 0):
+            raise UserError(f"model config: layer_norm_eps {self.layer_norm_eps} and rotary base {self.rotary_base} must be positive")
+        if not 0 < self.rotary_pct <= 1 or self.rotary_dims % 2:
+            raise UserError(f"model config: rotary_pct {self.rotary_pct} turns {self.rotary_dims} of {self.head_size} dimensions "
+                            "of a head; it must be an even number of them, in (0, 1]")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def rotary_dims(self) -> int:
+        return int(self.head_size * self.rotary_pct)
+
+    @classmethod
+    def from_json(cls, config: dict, source: object = "config.json") -> "PythiaConfig":
+        """Read a GPT-NeoX config.json, with the field names of transformers up to 4 or from 5 on."""
+        if not isinstance(config, dict) or config.get("model_type") != "gpt_neox":
+            found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+            raise UserError(f"{source}: model_type is {found!r}; only gpt_neox models (Pythia) are supported")
+        if config.get("hidden_act", "gelu") != "gelu" or not config.get("attention_bias", True):
+            raise UserError(f"{source}: only exact GELU and attention with biases are supported, as in Pythia")
+        rope = config.get("rope_parameters") or {}
+        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
+            raise UserError(f"{source}: only plain rotary embeddings are supported, as in Pythia")
+        try:
+            return cls(
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                num_layers=config["num_hidden_layers"],
+                num_heads=config["num_attention_heads"],
+                intermediate_size=config["intermediate_size"],
+                max_positions=config.get("max_position_embeddings", 2048),
+                rotary_pct=float(rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))),
+                rotary_base=float(rope.get("rope_theta", config.get("rotary_emb_base", 10_000))),
+                layer_norm_eps=float(config.get("layer_norm_eps", 1e-5)),
+                parallel_residual=bool(config.get("use_parallel_residual", True)),
+                tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{source}: missing or malformed field: {error!r}") from None
+
+    def to_json(self, dtype: torch.dtype) -> dict:
+        """The config.json that every version of transformers reads: both spellings of the rotary fields and of the dtype."""
+        dtype_name = str(dtype).removeprefix("torch.")
+        return {
+            "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox",
+            "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads, "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_positions, "hidden_act": "gelu", "layer_norm_eps": self.layer_norm_eps,
+            "rotary_pct": self.rotary_pct, "rotary_emb_base": self.rotary_base,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rotary_base, "partial_rotary_factor": self.rotary_pct},
+            "use_parallel_residual": self.parallel_residual, "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": dtype_name, "dtype": dtype_name,
+        }
+
+
+# -------------------------------------------------------------------------------------------------------------------- model
+
+class Rotary:
+    """Turn pairs (a, b) of a query's or key's dimensions by the angle position · base^(−i/n), so that scores see only distances.
+
+    `a` is the first half of the rotated dimensions and `b` the second; what lies beyond `rotary_dims` passes through.
+    """
+
+    def __init__(self, cfg: PythiaConfig, num_positions: int, device: torch.device, dtype: torch.dtype):
+        # In float32 whatever the model's dtype: old checkpoints hold a float16 copy of inv_freq that is too coarse.
+        exponent = torch.arange(0, cfg.rotary_dims, 2, device=device, dtype=torch.float32) / cfg.rotary_dims
+        angle_TK = torch.outer(torch.arange(num_positions, device=device, dtype=torch.float32), cfg.rotary_base ** -exponent)
+        self.dims = cfg.rotary_dims
+        self.cos_TK = angle_TK.cos().to(dtype)       # K here: half of the rotated dimensions
+        self.sin_TK = angle_TK.sin().to(dtype)
+
+    def __call__(self, x_BHTK: Tensor, start: int) -> Tensor:
+        positions = slice(start, start + x_BHTK.shape[2])
+        cos, sin = self.cos_TK[positions], self.sin_TK[positions]
+        a, b, rest = x_BHTK.tensor_split((self.dims // 2, self.dims), dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+class KVCache:
+    """Keys and values of all past tokens, allocated once for the final length: key_LBHSK and value_LBHSK, L layers."""
+
+    def __init__(self, cfg: PythiaConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype):
+        shape = (cfg.num_layers, batch, cfg.num_heads, max_tokens, cfg.head_size)
+        self.key_LBHSK = torch.empty(shape, device=device, dtype=dtype)
+        self.value_LBHSK = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0                              # tokens held; moved on by Pythia once all layers have appended
+
+    def append(self, layer: int, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens of `layer`; -> keys and values of all tokens so far, as views."""
+        stop = self.length + key_BHTK.shape[2]
+        self.key_LBHSK[layer, :, :, self.length:stop] = key_BHTK
+        self.value_LBHSK[layer, :, :, self.length:stop] = value_BHTK
+        return self.key_LBHSK[layer, :, :, :stop], self.value_LBHSK[layer, :, :, :stop]
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary position embeddings."""
+
+    def __init__(self, cfg: PythiaConfig, layer: int):
+        super().__init__()
+        self.num_heads, self.layer = cfg.num_heads, layer
+        self.query_key_value = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
+        self.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary, attend_BHTS: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, D = x_BTD.shape
+        # The fused projection is laid out (head, [q k v], head size), not (q k v, head, head size) as elsewhere: read it
+        # the other way round and everything still runs, on garbage.
+        qkv_BHTK = self.query_key_value(x_BTD).view(B, T, self.num_heads, -1).transpose(1, 2)
+        query_BHTK, key_BHSK, value_BHSK = qkv_BHTK.chunk(3, dim=-1)
+        start = cache.length if cache else 0
+        query_BHTK, key_BHSK = rotary(query_BHTK, start), rotary(key_BHSK, start)
+        if cache:
+            key_BHSK, value_BHSK = cache.append(self.layer, key_BHSK, value_BHSK)
+        # Softmax runs in float32 inside. A single new token sees all that is cached, so only T > 1 needs the causal mask.
+        mixed_BHTK = F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=attend_BHTS,
+                                                    is_causal=attend_BHTS is None and T > 1)
+        return self.dense(mixed_BHTK.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: PythiaConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        neurons_BTM = F.gelu(self.dense_h_to_4h(x_BTD))            # exact (erf) GELU
+        return self.dense_4h_to_h(neurons_BTM), neurons_BTM
+
+
+class Block(nn.Module):
+    """x + attn(ln1 x) + mlp(ln2 x); sequential (not Pythia): h = x + attn(ln1 x), then h + mlp(ln2 h)."""
+
+    def __init__(self, cfg: PythiaConfig, layer: int):
+        super().__init__()
+        self.parallel = cfg.parallel_residual
+        self.input_layernorm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.attention = Attention(cfg, layer)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary, attend_BHTS: Tensor | None,
+                cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """-> the residual stream after the block, the MLP's output m_BTD, the MLP's neurons_BTM."""
+        h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD), rotary, attend_BHTS, cache)
+        mlp_BTD, neurons_BTM = self.mlp(self.post_attention_layernorm(x_BTD if self.parallel else h_BTD))
+        return h_BTD + mlp_BTD, mlp_BTD, neurons_BTM
+
+
+class Backbone(nn.Module):
+    """All but the unembedding; a module of its own because checkpoints name it `gpt_neox`."""
+
+    def __init__(self, cfg: PythiaConfig):
+        super().__init__()
+        self.embed_in = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
+        self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+
+
+class Pythia(nn.Module):
+    """A GPT-NeoX language model whose MLP outputs can be read, and edited, at any layer.
+
+    Everywhere: tokens_BT are ids, mask_BT is 1 for a real token and 0 for padding (left or right; None: all real), layers count
+    from 0, and `edits` maps a layer to a function (mlp_BTD, neurons_BTM) -> change_BTD. The change is added to the residual
+    stream after the block, (x + attn + mlp) + change, so a zero change leaves every bit alone.
+    """
+
+    def __init__(self, cfg: PythiaConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.gpt_neox = Backbone(cfg)
+        self.embed_out = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.embed_out.weight = self.gpt_neox.embed_in.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.gpt_neox.embed_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gpt_neox.embed_in.weight.dtype
+
+    # ---- the forward pass, whole and in parts
+
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor | None = None, edits: Edits | None = None) -> Tensor:
+        """-> logits_BTV, of the next token at each position."""
+        return self.embed_out(self.hidden(tokens_BT, mask_BT, edits))
+
+    def hidden(self, tokens_BT: Tensor, mask_BT: Tensor | None = None, edits: Edits | None = None) -> Tensor:
+        """-> hidden_BTD, the final hidden state after the last layer norm; `embed_out` makes logits of it."""
+        x_BTD = self.gpt_neox.embed_in(tokens_BT)
+        return self.gpt_neox.final_layer_norm(self._run(x_BTD, range(self.cfg.num_layers), mask_BT, edits)[0])
+
+    def trunk(self, tokens_BT: Tensor, layer: int, mask_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Run layers 0..layer, unedited -> resid_BTD after `layer`, its mlp_BTD and neurons_BTM."""
+        return self._run(self.gpt_neox.embed_in(tokens_BT), range(self.check_layer(layer) + 1), mask_BT, None)
+
+    def mlp_output(self, tokens_BT: Tensor, layer: int, mask_BT: Tensor | None = None) -> Tensor:
+        """-> mlp_BTD, the MLP's output at `layer` (with its bias, before it joins the residual stream)."""
+        return self.trunk(tokens_BT, layer, mask_BT)[1]
+
+    def forward_from(self, resid_BTD: Tensor, layer: int, mask_BT: Tensor | None = None, edits: Edits | None = None) -> Tensor:
+        """Run the layers above `layer` on the residual stream after it -> logits_BTV."""
+        return self.embed_out(self.hidden_from(resid_BTD, layer, mask_BT, edits))
+
+    def hidden_from(self, resid_BTD: Tensor, layer: int, mask_BT: Tensor | None = None, edits: Edits | None = None) -> Tensor:
+        """Run the layers above `layer` on the residual stream after it -> hidden_BTD, as `hidden`."""
+        above = range(self.check_layer(layer) + 1, self.cfg.num_layers)
+        return self.gpt_neox.final_layer_norm(self._run(resid_BTD, above, mask_BT, edits)[0])
+
+    def _run(self, x_BTD: Tensor, layers: range, mask_BT: Tensor | None, edits: Edits | None,
+             cache: KVCache | None = None, rotary: Rotary | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run `layers` on the residual stream x_BTD -> the stream after them, and the last one's mlp_BTD and neurons_BTM."""
+        T = x_BTD.shape[1]
+        rotary = rotary or Rotary(self.cfg, T, x_BTD.device, x_BTD.dtype)
+        attend_BHTS = attention_mask(mask_BT, T)
+        mlp_BTD = neurons_BTM = None
+        for layer in layers:
+            x_BTD, mlp_BTD, neurons_BTM = self.gpt_neox.layers[layer](x_BTD, rotary, attend_BHTS, cache)
+            if edits and layer in edits:
+                x_BTD = x_BTD + edits[layer](mlp_BTD, neurons_BTM)
+        if cache:
+            cache.length += T
+        return x_BTD, mlp_BTD, neurons_BTM
+
+    def check_layer(self, layer: int) -> int:
+        """-> `layer`, or a UserError where the model has no such layer."""
+        if not 0 <= layer < self.cfg.num_layers:
+            raise UserError(f"layer {layer} does not exist: this model has layers 0 to {self.cfg.num_layers - 1} (--layer)")
+        return layer
+
+    # ---- generation
+
+    @torch.no_grad()
+    def generate(self, prompt_BT: Tensor, max_new_tokens: int, mask_BT: Tensor | None = None, temperature: float = 1.0,
+                 edits: Edits | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Sample `max_new_tokens` tokens after left-padded prompts -> tokens, prompt and continuation, (B, T + max_new_tokens).
+
+        temperature 0 is greedy. All uniforms are drawn before the first token, (B, max_new_tokens), so that two models given
+        equal generators use the same one for the same row and step. Nothing stops at an end-of-text token: cut there yourself.
+        """
+        B, T = prompt_BT.shape
+        if mask_BT is not None and not mask_BT[:, -1].all():
+            raise ValueError("generate needs left-padded prompts: the last column of the mask must be all 1")
+        total = T + max_new_tokens
+        device, dtype = self.device, self.dtype
+        uniform_BR = 1 - torch.rand(B, max_new_tokens, generator=generator, device=generator.device if generator else "cpu")
+        uniform_BR = uniform_BR.to(device)
+        tokens_BT = torch.cat([prompt_BT, prompt_BT.new_zeros(B, max_new_tokens)], dim=1)
+        if mask_BT is not None:
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(B, max_new_tokens)], dim=1)
+        cache, rotary = KVCache(self.cfg, B, total, device, dtype), Rotary(self.cfg, total, device, dtype)
+        for step in range(T, total):
+            new = slice(cache.length, step)          # the whole prompt at first, then one token at a time
+            x_BTD = self.gpt_neox.embed_in(tokens_BT[:, new])
+            past_mask = None if mask_BT is None else mask_BT[:, :step]
+            x_BTD, _, _ = self._run(x_BTD, range(self.cfg.num_layers), past_mask, edits, cache, rotary)
+            logits_BV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1]))
+            tokens_BT[:, step] = sample(logits_BV, temperature, uniform_BR[:, step - T])
+        return tokens_BT
+
+    # ---- making, loading and saving
+
+    def initialize(self, generator: torch.Generator) -> "Pythia":
+        """Fresh weights: N(0, 0.02²), the two projections into the residual stream smaller by √(2 · layers) (GPT-2), biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "layernorm" in name or "layer_norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                into_residual = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
+                std = 0.02 / math.sqrt(2 * self.cfg.num_layers) if into_residual else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str = "main", dtype: torch.dtype | None = None,
+                        device: str | torch.device = "cpu") -> "Pythia":
+        """Load a model by name or folder, frozen and in eval mode; dtype None keeps the file's own.
+
+        UserError where it is not found, is not GPT-NeoX, or a tensor is missing, unknown or misshapen.
+        """
+        folder = find_model(name_or_folder, revision)
+        cfg = PythiaConfig.from_json(read_json(folder / "config.json"), folder / "config.json")
+        with torch.device("meta"):                   # no memory yet: the parameters are the loaded tensors themselves
+            model = cls(cfg)
+        load_strictly(model, read_weights(folder), folder, dtype, device)
+        return model.requires_grad_(False).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, which transformers loads too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = self.state_dict()
+        if self.cfg.tie_embeddings:
+            del weights["embed_out.weight"]
+        write_safetensors(folder / "model.safetensors", weights)
+        write_json(folder / "config.json", self.cfg.to_json(self.dtype))
+
+
+def attention_mask(mask_BT: Tensor | None, num_queries: int) -> Tensor | None:
+    """-> attend_BHTS (H = 1), True where a query may look: at real tokens, not after itself. None: nothing is padded.
+
+    mask_BT spans all tokens attended to; the queries are the last `num_queries` of them. A query always sees itself, so that
+    padding never makes a softmax over nothing (NaN).
+    """
+    if mask_BT is None:
+        return None
+    S = mask_BT.shape[1]
+    query_T, key_S = torch.arange(S - num_queries, S, device=mask_BT.device), torch.arange(S, device=mask_BT.device)
+    causal_TS, self_TS = key_S <= query_T[:, None], key_S == query_T[:, None]
+    return ((mask_BT.bool()[:, None, :] & causal_TS) | self_TS)[:, None]
+
+
+def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
+    """Draw one token a row by inverting the cumulative distribution at uniform_B, in (0, 1]; temperature 0: the most likely.
+
+    torch.multinomial draws a random number for every entry of the vocabulary, 20 times the cost of a softmax and a cumsum.
+    The last entry of a float32 cumsum is not quite 1, so the uniform is scaled by it; as it is never 0, an entry of
+    probability 0 is never drawn.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    cumulative_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).cumsum(-1)
+    return torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:]).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """Byte-pair encoding as in a tokenizer.json of the `tokenizers` library (byte-level BPE, GPT-2's pre-tokenizer), by tiktoken.
+
+    Special tokens are found in the raw text, then the text is NFC-normalised, then added tokens (runs of 2–24 spaces, the
+    longest first) are cut out, and what lies between is encoded. Ids are in merge order, so they serve as tiktoken's ranks.
+    """
+
+    GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+    def __init__(self, config: dict, source: object = "tokenizer.json"):
+        try:
+            model, added = config["model"], {token["content"]: token for token in config["added_tokens"]}
+            byte_of = bytes_of_characters()
+            ranks = {bytes(byte_of[c] for c in token): rank for token, rank in model["vocab"].items() if token not in added}
+            ids = {content: token["id"] for content, token in added.items()}
+            special = [content for content, token in added.items() if token["special"]]
+            pre_tokenizer, normalizer = config["pre_tokenizer"] or {}, config["normalizer"] or {}
+            supported = (model["type"] == "BPE" and pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer.get("add_prefix_space")
+                         and normalizer.get("type", "NFC") == "NFC")
+            all_ids = [*ranks.values(), *ids.values()]
+            if not all(type(i) is int and i >= 0 for i in all_ids) or len(set(all_ids)) < len(all_ids):
+                raise ValueError("ids must be whole numbers, each given once")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{source}: not a byte-level BPE tokenizer.json: {error!r}") from None
+        if not supported:
+            raise UserError(f"{source}: only byte-level BPE without a prefix space, with NFC or no normalisation, is supported")
+        self.config = config
+        self.nfc = bool(normalizer)
+        self.encoding = tiktoken.Encoding(str(source), pat_str=self.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=ids)
+        self.added_ids = ids
+        self.known_ids = set(all_ids)
+        self.vocab_size = max(self.known_ids) + 1
+        self.special_pattern = any_of(special)
+        self.added_pattern = any_of([content for content in added if content not in special])
+        if END_OF_TEXT not in ids:
+            raise UserError(f"{source}: has no {END_OF_TEXT} token, which separates documents here")
+        self.end_of_text = ids[END_OF_TEXT]
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, revision: str = "main") -> "Tokenizer":
+        """Load tokenizer.json of a model (by name or folder), or that file itself."""
+        path = Path(name_or_folder)
+        path = path if path.is_file() else find_model(name_or_folder, revision) / "tokenizer.json"
+        return cls(read_json(path), path)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json."""
+        write_json(Path(folder) / "tokenizer.json", self.config)
+
+    def encode(self, text: str) -> list[int]:
+        """-> token ids; special tokens written out in the text are recognised."""
+        ids: list[int] = []
+        for raw, special in split_at(self.special_pattern, text):
+            normal = unicodedata.normalize("NFC", raw) if self.nfc else raw
+            for plain, added in split_at(self.added_pattern, normal):
+                ids += self.encoding.encode_ordinary(plain)
+                if added:
+                    ids.append(self.added_ids[added])
+            if special:
+                ids.append(self.added_ids[special])
+        return ids
+
+    def decode(self, ids: list[int] | Tensor) -> str:
+        """-> text; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary (padding rows of the embedding) nothing."""
+        return self.encoding.decode([i for i in map(int, ids) if i in self.known_ids])
+
+
+def bytes_of_characters() -> dict[str, int]:
+    """GPT-2's spelling of bytes in vocabularies: printable bytes as themselves, the rest as U+0100 and on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def any_of(contents: list[str]) -> re.Pattern | None:
+    """A pattern that finds the leftmost and there the longest of `contents`."""
+    return re.compile("|".join(re.escape(c) for c in sorted(contents, key=len, reverse=True))) if contents else None
+
+
+def split_at(pattern: re.Pattern | None, text: str) -> Iterator[tuple[str, str]]:
+    """-> (text before a match, the match) pairs; the last match is empty."""
+    start = 0
+    for match in pattern.finditer(text) if pattern else ():
+        yield text[start:match.start()], match.group()
+        start = match.end()
+    yield text[start:], ""
+
+
+def pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """-> tokens_BT, mask_BT (int64, 1 real) of rows of ids, padded on the left, where generation needs it."""
+    T = max(map(len, rows))
+    tokens_BT = torch.tensor([[pad_id] * (T - len(row)) + row for row in rows])
+    mask_BT = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+    return tokens_BT, mask_BT
+
+
+# -------------------------------------------------------------------------------------------------------------- checkpoints
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")     # in old files; constants, made anew here
+MAX_HEADER = 100_000_000                             # bytes, the limit of the reference implementation
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """-> name -> tensor, memory-mapped: nothing is read before it is used, and a write to a tensor stays in memory.
+
+    Format: 8 bytes of header length, little endian; a JSON header {name: {dtype, shape, data_offsets}}; the data.
+    UserError where the file is truncated, or its header is not exactly that.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = 8 + struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
+            if start > min(size, MAX_HEADER):
+                raise ValueError(f"the header does not end within the file ({size} bytes)")
+            header = json.loads(file.read(start - 8))
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[start:]
+        header.pop("__metadata__", None)
+        tensors, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, stop = entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            if any(type(n) is not int or not 0 <= n <= len(data) for n in shape) or begin != end:
+                raise ValueError(f"tensor {name!r} has shape {shape} at {begin}, where {end} was next")
+            if stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
+                raise ValueError(f"tensor {name!r} needs bytes {begin} to {stop}, the file has {len(data)}; it may be truncated")
+            flat = torch.frombuffer(data[begin:stop], dtype=dtype) if stop > begin else torch.empty(0, dtype=dtype)
+            tensors[name], end = flat.view(shape), stop
+        if end != len(data):
+            raise ValueError(f"{len(data) - end} bytes of data belong to no tensor")
+        return tensors
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:      # RecursionError is a RuntimeError
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise UserError(f"{path}: not a whole safetensors file: {reason}; get it again") from None
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors (of any device, contiguous or not) in one file, whole or not at all."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)            # so that the data begin at a multiple of 8
+
+    def write(file):
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors.values():
+            file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    write_whole(path, write)
+
+
+def write_whole(path: str | Path, write: Callable) -> None:
+    """Call `write(binary file)` on a temporary file beside `path` and rename it, so that `path` is never half written."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()))
+
+
+def save_state(path: str | Path, state: dict) -> None:
+    """Write a resumable state (dicts of tensors and numbers), whole or not at all."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def load_state(path: str | Path) -> dict:
+    """Read what `save_state` wrote; never runs code from the file."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:                       # torch raises many kinds, all of which mean the same here
+        raise UserError(f"{path}: not a readable state ({type(error).__name__}); delete it to begin this stage anew") from None
+
+
+def read_json(path: str | Path) -> object:
+    """Read a JSON file; UserError where it is missing or malformed."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Read a .jsonl or .jsonl.gz file of objects; UserError with the line's number where one is malformed."""
+    path = Path(path)
+    rows = []
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise UserError(f"{path}: line {number} is not a JSON object")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, EOFError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: line {len(rows) + 1} is not readable as JSON lines: {error}") from None
+    return rows
+
+
+def read_weights(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """-> the tensors of a checkpoint folder, one mapped shard after the other. An index, where there is one, is trusted over a
+    lone file beside it: repositories exist that hold one partial shard besides complete ones."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index)
+        names = names.get("weight_map") if isinstance(names, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
+            raise UserError(f"{index}: has no weight_map of file names")
+        files = sorted(set(names.values()))
+    else:
+        files = ["model.safetensors"]
+    for name in files:
+        yield read_safetensors(folder / name)
+
+
+def load_strictly(model: nn.Module, shards: Iterator[dict[str, Tensor]], source: object, dtype: torch.dtype | None,
+                  device: str | torch.device) -> None:
+    """Give a model made on the meta device its parameters, shard by shard; UserError names what is missing, extra or misshapen."""
+    wanted = dict(model.named_parameters())          # a tied embed_out counts once, under embed_in's name
+    tied = {name for name in model.state_dict() if name not in wanted}
+    seen, extra = set(), []
+    for shard in shards:
+        for name, tensor in shard.items():
+            if name in wanted:
+                if tensor.shape != wanted[name].shape:
+                    raise UserError(f"{source}: {name!r} has shape {tuple(tensor.shape)}, "
+                                    f"the config wants {tuple(wanted[name].shape)}")
+                set_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True))
+                seen.add(name)
+            elif name not in tied and not name.endswith(BUFFERS):
+                extra.append(name)
+    missing = sorted(set(wanted) - seen)
+    for problem, names in (("lacks", missing), ("has unknown", sorted(extra))):
+        if names:
+            raise UserError(f"{source}: {problem} {len(names)} tensor(s): {', '.join(map(repr, names[:5]))}{', …' if names[5:] else ''}")
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the parameter `name`, in every place that shares it (tied embeddings)."""
+    old = model.get_parameter(name)
+    parameter = nn.Parameter(value, requires_grad=False)
+    for module in model.modules():
+        for key, candidate in module.named_parameters(recurse=False):
+            if candidate is old:
+                setattr(module, key, parameter)
+
+
+def find_model(name_or_folder: str | Path, revision: str = "main") -> Path:
+    """-> the folder of a model given as a folder, or by the name of an embedded one (`tiny`)."""
+    embedded = Path(__file__).parent / "assets" / name_or_folder
+    for folder in (Path(name_or_folder), embedded):
+        if os.path.isfile(folder / "config.json"):               # False, too, for names that no file can have
+            return folder
+    raise UserError(f"model {str(name_or_folder)!r} not found: neither a folder with a config.json nor an embedded model "
+                    f"({', '.join(sorted(p.parent.name for p in embedded.parent.glob('*/config.json'))) or 'none here'})")

@@ -1,0 +1,292 @@
+"""Reward: preference pairs, a reward model trained on them (Bradley–Terry), and functions of text that serve as one.
+
+Dimension key: B batch   T tokens   D hidden size
+
+References:
+    Bradley & Terry 1952; Christiano et al. 2017, arXiv:1706.03741; Ziegler et al. 2019, arXiv:1909.08593 (the head's init)
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, find_model, load_strictly, read_json, read_rows, read_weights,
+                    write_json, write_safetensors)
+
+ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """--stage reward"""
+
+    epochs: int = 4                      # passes over the pairs
+    batch_size: int = 32                 # pairs a step
+    max_tokens: int = 256                # longest text, the leading end-of-text token included
+    min_tokens: int = 24                 # label pairs are cut to a random length from here to max_tokens
+    half: int = 0                        # label pairs: 0 all, 1 or 2 that half of the labelled texts
+    lr: float = 3e-4                     # peak; linear warm-up over the first 5 %, then linear to 0
+    weight_decay: float = 0.1            # AdamW
+    checkpoint_seconds: float = 120.0    # between resumable states
+
+    def __post_init__(self):
+        if self.half not in (0, 1, 2):
+            raise UserError(f"--reward-half {self.half}: choose 0 (all), 1 or 2")
+        if not 2 <= self.min_tokens <= self.max_tokens:
+            raise UserError("--reward-min-tokens must lie between 2 and --reward-max-tokens")
+
+
+# ------------------------------------------------------------------------------------------------------------------- pairs
+
+class Preference(NamedTuple):
+    """Two answers to one prompt, as text."""
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def load_preferences(path: str | Path) -> tuple[list[Preference], int]:
+    """Read .jsonl or .jsonl.gz preference pairs -> (pairs, number of rows dropped).
+
+    Rows are {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} as in Anthropic's HH: then the prompt is the text up to
+    and including the last "\\n\\nAssistant:". Dropped are rows whose two prompts differ and rows with an empty answer.
+    """
+    rows, pairs = read_rows(path), []
+    for number, row in enumerate(rows, start=1):
+        if not all(isinstance(row.get(key, ""), str) for key in ("prompt", "chosen", "rejected")) or not {"chosen", "rejected"} <= set(row):
+            raise UserError(f'{path}: row {number} needs the strings "chosen" and "rejected" (and may have "prompt")')
+        if "prompt" in row:
+            pair = Preference(row["prompt"], row["chosen"], row["rejected"])
+        else:
+            (prompt, chosen), (other, rejected) = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
+            if prompt != other:
+                continue
+            pair = Preference(prompt, chosen, rejected)
+        if pair.chosen.strip() and pair.rejected.strip():
+            pairs.append(pair)
+    if not pairs:
+        raise UserError(f"{path}: no usable preference pair in {len(rows)} rows")
+    return pairs, len(rows) - len(pairs)
+
+
+def split_dialogue(text: str) -> tuple[str, str]:
+    """-> (prompt, answer), cut behind the last "\\n\\nAssistant:"."""
+    prompt, mark, answer = text.rpartition("\n\nAssistant:")
+    return prompt + mark, answer
+
+
+def pairs_from_labels(rows: list[dict], half: int, generator: torch.Generator) -> list[Preference]:
+    """-> a positive text (label 1) preferred to a negative one (label 0), at random, each text once.
+
+    half 1 and 2 are disjoint halves of the labelled rows (alternate ones of each label), 0 is all of them.
+    """
+    texts = {label: [row["text"] for row in rows if row.get("label") == label] for label in (1, 0)}
+    if half:
+        texts = {label: kept[half - 1::2] for label, kept in texts.items()}
+    number = min(map(len, texts.values()))
+    order = {label: torch.randperm(len(kept), generator=generator)[:number].tolist() for label, kept in texts.items()}
+    return [Preference("", texts[1][i], texts[0][j]) for i, j in zip(order[1], order[0])]
+
+
+def encode_pairs(pairs: list[Preference], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """-> ids of (prompt + chosen, prompt + rejected), each between two end-of-text tokens, as documents lie in the LM's data."""
+    eot = tokenizer.end_of_text
+    return [tuple([eot, *tokenizer.encode(pair.prompt + answer), eot] for answer in (pair.chosen, pair.rejected))
+            for pair in tqdm(pairs, desc="tokenize", disable=len(pairs) < 2000)]
+
+
+def pad_right(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> tokens_BT, mask_BT of rows of different length."""
+    T = max(map(len, rows))
+    tokens_BT = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=device)
+    return tokens_BT, mask_BT
+
+
+# ------------------------------------------------------------------------------------------------------------ reward model
+
+class RewardModel(Pythia):
+    """A Pythia whose unembedding is replaced by a scalar head: score = w · h_last + b, h_last the final hidden state at the last
+    real token. Its files are those of GPTNeoXForSequenceClassification with one label (`gpt_neox.*`, `score.weight`)."""
+
+    def __init__(self, cfg: PythiaConfig):
+        super().__init__(cfg)
+        del self.embed_out
+        self.head = nn.Linear(cfg.hidden_size, 1)
+
+    def score(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """-> scores_B in float32. The last real token is found from the mask, not from a padding id: where padding and
+        end-of-text share an id, looking for the id finds the wrong place."""
+        hidden_BTD = self.hidden(tokens_BT, mask_BT)
+        T = mask_BT.shape[1]
+        last_B = T - 1 - mask_BT.flip(1).long().argmax(1)
+        hidden_BD = hidden_BTD[torch.arange(len(tokens_BT), device=self.device), last_B]
+        return self.head(hidden_BD.to(self.head.weight.dtype)).squeeze(-1).float()
+
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        return self.score(tokens_BT, mask_BT)
+
+    @classmethod
+    def from_backbone(cls, model: Pythia, generator: torch.Generator) -> "RewardModel":
+        """A trainable reward model on a language model's weights; head ~ N(0, 1/(D + 1)) (Ziegler et al. 2019), bias 0."""
+        with torch.device("meta"):
+            reward = cls(model.cfg)
+        reward.gpt_neox = model.gpt_neox
+        reward.head = nn.Linear(model.cfg.hidden_size, 1, device=model.device)
+        std = 1 / math.sqrt(model.cfg.hidden_size + 1)
+        with torch.no_grad():
+            reward.head.weight.copy_(torch.randn(1, model.cfg.hidden_size, generator=generator) * std)
+            reward.head.bias.zero_()
+        reward.requires_grad_(True)
+        reward.head.bias.requires_grad_(False)       # preferences see differences of scores only
+        return reward
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> "RewardModel":
+        """Load a reward model's folder, frozen and in eval mode; UserError where it is not one."""
+        folder = find_model(folder)
+        cfg = PythiaConfig.from_json(read_json(folder / "config.json"), folder / "config.json")
+        with torch.device("meta"):
+            model = cls(cfg)
+        load_strictly(model, map(rename_head, read_weights(folder)), folder, dtype, device)
+        return model.requires_grad_(False).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors of a GPTNeoXForSequenceClassification."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = self.state_dict()
+        weights["score.weight"] = weights.pop("head.weight")
+        del weights["head.bias"]                     # 0: that class has none
+        write_safetensors(folder / "model.safetensors", weights)
+        write_json(folder / "config.json", self.cfg.to_json(self.dtype) | {
+            "architectures": ["GPTNeoXForSequenceClassification"], "num_labels": 1, "pad_token_id": 1,
+            "id2label": {"0": "score"}, "label2id": {"score": 0}})
+
+
+def rename_head(shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the scalar head of a sequence classifier our name, and the bias that it lacks."""
+    if "score.weight" in shard:
+        weight = shard.pop("score.weight")
+        shard |= {"head.weight": weight, "head.bias": torch.zeros(1, dtype=weight.dtype)}
+    return shard
+
+
+def preference_loss(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
+    """−log σ(score of the chosen − score of the rejected), mean over pairs (Bradley & Terry 1952)."""
+    return -F.logsigmoid(chosen_B - rejected_B).mean()
+
+
+def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], cfg: RewardConfig, run, generator: torch.Generator,
+                 random_cut: bool = False) -> RewardModel:
+    """Train on pairs of ids (see `encode_pairs`) in place -> the model.
+
+    random_cut: cut both texts of a pair to one random length (log-uniform, min_tokens to max_tokens), half of the time at a
+    random place, so that the model is at home on short texts and length is no cue. Else: long texts lose their beginning.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
+    steps = cfg.epochs * len(pairs) // cfg.batch_size
+    if not steps:
+        raise UserError(f"{len(pairs)} preference pairs do not fill one batch of {cfg.batch_size} (--reward-batch-size)")
+    order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(cfg.epochs)]).tolist()
+    first = run.restore(model=model, optimizer=optimizer, generator=generator)
+    bar = tqdm(range(first, steps), desc="reward", initial=first, total=steps)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min((step + 1) / (0.05 * steps + 1), 1 - step / steps)
+        batch = [pairs[i] for i in order[step * cfg.batch_size:(step + 1) * cfg.batch_size]]
+        batch = cut_randomly(batch, cfg, generator) if random_cut else [tuple(keep_end(ids, cfg.max_tokens) for ids in pair) for pair in batch]
+        tokens_BT, mask_BT = pad_right([pair[0] for pair in batch] + [pair[1] for pair in batch], model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):        # weights, scores and loss stay float32
+            chosen_B, rejected_B = model.score(tokens_BT, mask_BT).chunk(2)
+        loss = preference_loss(chosen_B, rejected_B)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0 or step == steps - 1:
+            accuracy = (chosen_B > rejected_B).float().mean().item()
+            run.log(step=step, loss=loss.item(), accuracy=accuracy)
+            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
+        run.checkpoint(step + 1, cfg.checkpoint_seconds, model=model, optimizer=optimizer, generator=generator)
+    return model.requires_grad_(False)
+
+
+def cut_randomly(batch: list, cfg: RewardConfig, generator: torch.Generator) -> list:
+    """-> the batch's texts, all cut to one random length; half of the time from their beginnings, else from a random place."""
+    u, from_start = torch.rand(2, generator=generator).tolist()
+    length = round(cfg.min_tokens * (cfg.max_tokens / cfg.min_tokens) ** u)
+    return [tuple(window(ids, length, 0.0 if from_start < 0.5 else torch.rand(1, generator=generator).item()) for ids in pair)
+            for pair in batch]
+
+
+def window(ids: list[int], length: int, place: float = 0.0) -> list[int]:
+    """-> the leading end-of-text token and `length` − 1 tokens of the text behind it, from `place` in [0, 1) of where they can begin."""
+    start = 1 + int(place * max(1, len(ids) - length + 1))
+    return ids[:1] + ids[start:start + length - 1]
+
+
+def cut_pairs(pairs: list[tuple[list[int], list[int]]], length: int) -> list[tuple[list[int], list[int]]]:
+    """-> pairs of ids cut to their first `length` tokens."""
+    return [tuple(window(ids, length) for ids in pair) for pair in pairs]
+
+
+def keep_end(ids: list[int], length: int) -> list[int]:
+    """-> at most `length` ids: a long prompt loses its beginning, the answer stays."""
+    return ids[:1] + ids[1:][-(length - 1):]
+
+
+@torch.no_grad()
+def evaluate_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], batch_size: int = 64) -> dict:
+    """-> mean loss and accuracy (share of pairs whose chosen text scores higher) on held-out pairs of ids."""
+    differences = []
+    for i in range(0, len(pairs), batch_size):
+        batch = pairs[i:i + batch_size]
+        chosen_B, rejected_B = (model.score(*pad_right([pair[side] for pair in batch], model.device)) for side in (0, 1))
+        differences.append(chosen_B - rejected_B)
+    difference_B = torch.cat(differences)
+    return {"loss": -F.logsigmoid(difference_B).mean().item(), "accuracy": (difference_B > 0).float().mean().item()}
+
+
+# ------------------------------------------------------------------------------------------------- functions of text as reward
+
+class TextReward:
+    """Make a function of texts, list[str] -> list of numbers, into a score_fn(tokens_BT, mask_BT) -> scores_B."""
+
+    def __init__(self, function: Callable[[list[str]], list[float]], tokenizer: Tokenizer):
+        self.function, self.tokenizer = function, tokenizer
+
+    def __call__(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        special = {self.tokenizer.end_of_text}
+        texts = [self.tokenizer.decode([i for i in row[keep].tolist() if i not in special])
+                 for row, keep in zip(tokens_BT.cpu(), mask_BT.bool().cpu())]
+        return torch.tensor(self.function(texts), dtype=torch.float32, device=tokens_BT.device)
+
+
+def avoid_words(path: str | Path) -> Callable[[list[str]], list[float]]:
+    """-> a function of texts: minus the number of listed words in each (whole words, any case). The file has a word a line."""
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as a list of words: {error}") from None
+    if not words:
+        raise UserError(f"{path}: lists no word")
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    return lambda texts: [-float(len(pattern.findall(text))) for text in texts]
+
+
+def load_reward(name: str, tokenizer: Tokenizer, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> ScoreFn:
+    """-> the score_fn of `--reward`: a reward model's folder or name, or `avoid:FILE`."""
+    if name.startswith("avoid:"):
+        return TextReward(avoid_words(name.removeprefix("avoid:")), tokenizer)
+    model = RewardModel.from_pretrained(name, dtype=dtype, device=device)
+    return model.score

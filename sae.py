@@ -1,0 +1,401 @@
+"""Sparse autoencoders on one layer's MLP output: the model, its training, its evaluation, its files.
+
+Dimension key: B batch   T tokens   N rows (tokens, flattened)   D hidden size   F SAE features   V vocabulary
+
+References:
+    Bricken et al. 2023, "Towards Monosemanticity", transformer-circuits.pub/2023/monosemantic-features
+    Anthropic, "Circuits Updates — April 2024", transformer-circuits.pub/2024/april-update (the input scaling)
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pythia import Pythia, UserError, read_json, read_safetensors, write_json, write_safetensors
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """--stage sae. Steps, windows and warm-ups that the papers give in steps of a long run are shares of this run here."""
+
+    num_features: int = 2048             # F; 8 × hidden size, as in the proposal
+    objective: str = "l1"                # a name in OBJECTIVES
+    l0: float = 30.0                     # features active a token to aim at; 0: leave l1_coef as it is
+    l1_coef: float = 1.0                 # weight of the sparsity penalty, beside squares summed over D, where E‖x‖² = D
+    l0_rate: float = 0.02                # most that log l1_coef moves a step to reach the target
+    tokens: int = 2_600_000              # rows trained on in all
+    batch_size: int = 2048               # rows a step
+    lr: float = 2e-3                     # Adam, betas 0.9 and 0.999
+    lr_warmup: float = 0.02              # share of the steps over which lr rises from 0
+    lr_decay: float = 0.3                # share of the steps, at the end, over which lr falls to 0 (Anthropic, April 2024: 0.2)
+    l1_warmup: float = 0.05              # share of the steps over which l1_coef rises from 0 (April 2024: 0.05)
+    resample_at: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5)     # moments, as shares of the steps (paper: 25k, 50k, 75k, 100k)
+    dead_window: float = 0.0625          # silent over this share of the steps is dead (paper: half of the time between moments)
+    resample_rows: int = 8192            # inputs whose loss is looked at for new directions (paper: 819,200)
+    buffer_rows: int = 262_144           # rows shuffled together, in the model's dtype
+    text_tokens: int = 400_000           # tokens sampled from the model to train on, where there is no --corpus
+    eval_tokens: int = 65_536            # held-out tokens for the final figures
+    context: int = 0                     # tokens a window; 0: 256, or less where the model has less; 128 for models above 1 B
+    checkpoint_seconds: float = 120.0    # between resumable states
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"--sae-objective {self.objective}: choose from {', '.join(OBJECTIVES)}")
+        for name in ("num_features", "batch_size", "tokens", "buffer_rows", "eval_tokens", "resample_rows"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--sae-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.buffer_rows < 2 * self.batch_size:
+            raise UserError(f"--sae-buffer-rows {self.buffer_rows} must hold at least two batches of {self.batch_size}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ the SAE
+
+class SAE(nn.Module):
+    """f = ReLU((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec,  rows of W_dec of unit norm   (Bricken et al. 2023).
+
+    W_enc_DF, b_enc_F, W_dec_FD, b_dec_D; in files without the suffixes.
+    """
+
+    def __init__(self, d_in: int, num_features: int, generator: torch.Generator | None = None):
+        super().__init__()
+        W_dec_FD = F.normalize(torch.randn(num_features, d_in, generator=generator), dim=-1)
+        self.W_dec_FD = nn.Parameter(W_dec_FD)
+        self.W_enc_DF = nn.Parameter(W_dec_FD.T.contiguous())      # the transpose to begin with, then untied
+        self.b_enc_F = nn.Parameter(torch.zeros(num_features))
+        self.b_dec_D = nn.Parameter(torch.zeros(d_in))
+
+    @property
+    def num_features(self) -> int:
+        return self.W_dec_FD.shape[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (…, D) -> features (…, F), ≥ 0 and mostly 0."""
+        # b_dec folded into the bias: else autograd would compute a gradient of x, a sixth matrix product, only for b_dec.
+        return F.relu(x @ self.W_enc_DF + (self.b_enc_F - self.b_dec_D @ self.W_enc_DF))
+
+    def decode(self, features: Tensor) -> Tensor:
+        """features (…, F) -> reconstruction (…, D)."""
+        return features @ self.W_dec_FD + self.b_dec_D
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, D) -> reconstruction (…, D)."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def unscaled(self, scale: float) -> "SAE":
+        """-> this SAE of inputs multiplied by `scale`, as one of inputs as the model makes them: decoder rows keep their norm,
+        biases, and so features, are divided by the scale."""
+        sae = SAE(*self.W_enc_DF.shape)
+        for name, value in self.named_parameters():
+            sae.get_parameter(name).copy_(value / scale if name.startswith("b_") else value)
+        return sae
+
+    def save(self, folder: str | Path, *, model_name: str, layer: int, context: int) -> None:
+        """Write sae_weights.safetensors and cfg.json, with the names that SAELens uses."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name.rpartition("_")[0]: value for name, value in self.state_dict().items()}
+        write_safetensors(folder / "sae_weights.safetensors", weights)
+        write_json(folder / "cfg.json", {
+            "architecture": "standard", "d_in": self.W_dec_FD.shape[1], "d_sae": self.num_features, "dtype": "float32",
+            "model_name": model_name, "hook_name": f"blocks.{layer}.hook_mlp_out", "hook_layer": layer, "context_size": context,
+            "activation_fn_str": "relu", "apply_b_dec_to_input": True, "normalize_activations": "none", "prepend_bos": True})
+
+
+def load_sae(folder: str | Path, *, model: Pythia, model_name: str, layer: int) -> SAE:
+    """Load what `SAE.save` wrote, frozen; UserError where it was made for another model, layer or width."""
+    folder = Path(folder)
+    cfg, weights = read_json(folder / "cfg.json"), read_safetensors(folder / "sae_weights.safetensors")
+    try:
+        made_for = cfg["model_name"], cfg["hook_layer"], cfg["d_in"]
+        shapes = {"W_enc": (cfg["d_in"], cfg["d_sae"]), "b_enc": (cfg["d_sae"],), "W_dec": (cfg["d_sae"], cfg["d_in"]),
+                  "b_dec": (cfg["d_in"],)}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'cfg.json'}: not a description of an SAE: {error!r}") from None
+    if made_for != (model_name, layer, model.cfg.hidden_size):
+        raise UserError(f"{folder}: this SAE was made for model {made_for[0]}, layer {made_for[1]}, width {made_for[2]}; "
+                        f"here are model {model_name}, layer {layer}, width {model.cfg.hidden_size}: train another (--out)")
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if found != shapes:
+        raise UserError(f"{folder / 'sae_weights.safetensors'}: tensors are {found}, cfg.json wants {shapes}")
+    sae = SAE(cfg["d_in"], cfg["d_sae"])
+    suffix = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"}
+    sae.load_state_dict({f"{name}_{suffix[name]}": value.float() for name, value in weights.items()})
+    return sae.requires_grad_(False).to(model.device)
+
+
+# --------------------------------------------------------------------------------------------------------------- objectives
+
+def l1(features_NF: Tensor) -> Tensor:
+    """Σ_i f_i -> penalty_N (Bricken et al. 2023). It shrinks what it keeps: an active feature pays for every bit of its height."""
+    return features_NF.sum(-1)
+
+
+# Penalties of a row's features, (features_NF) -> penalty_N. All are *summed* over features and *averaged* over rows, beside a
+# reconstruction error summed over D and averaged over rows; the paper averages over D, so its coefficient is 1/D of ours.
+OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {"l1": l1}
+
+
+# ------------------------------------------------------------------------------------------------------------- activations
+
+class ActivationBuffer:
+    """Rows of one layer's MLP output, shuffled over many windows of text; the first token of each window is left out.
+
+    Half of the rows are drawn, then replaced by new ones and all are shuffled again (Bricken et al. 2023). Where the buffer can
+    hold the whole text, its rows are computed once and only reshuffled.
+    """
+
+    def __init__(self, model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, generator: torch.Generator):
+        self.model, self.layer, self.tokens_BT, self.generator = model, layer, tokens_BT, generator
+        self.order_B = torch.randperm(len(tokens_BT), generator=generator)
+        self.next_window = 0
+        rows_a_window = tokens_BT.shape[1] - 1
+        self.holds_all = tokens_BT.shape[0] * rows_a_window <= cfg.buffer_rows
+        windows = len(tokens_BT) if self.holds_all else cfg.buffer_rows // rows_a_window
+        self.rows_ND = self.compute(windows)
+        self.shuffle()
+
+    def compute(self, windows: int) -> Tensor:
+        """-> rows_ND of the next `windows` windows, in a new order each time the text has been through."""
+        chunks = []
+        while windows > 0:
+            if self.next_window == len(self.order_B):
+                self.order_B, self.next_window = torch.randperm(len(self.order_B), generator=self.generator), 0
+            chosen_B = self.order_B[self.next_window:self.next_window + min(windows, 16)]
+            chunks.append(mlp_rows(self.model, self.layer, self.tokens_BT[chosen_B]))
+            self.next_window += len(chosen_B)
+            windows -= len(chosen_B)
+        return torch.cat(chunks)
+
+    def shuffle(self) -> None:
+        self.shuffled_N = torch.randperm(len(self.rows_ND), generator=self.generator)
+        self.drawn = 0
+
+    def draw(self, rows: int) -> Tensor:
+        """-> the next `rows` rows, (rows, D)."""
+        limit = len(self.rows_ND) if self.holds_all else len(self.rows_ND) // 2
+        if self.drawn + rows > limit:
+            if not self.holds_all:
+                windows = self.drawn // (self.tokens_BT.shape[1] - 1)
+                new_ND = self.compute(windows)
+                self.rows_ND[self.shuffled_N[:len(new_ND)]] = new_ND
+            self.shuffle()
+        chosen_N = self.shuffled_N[self.drawn:self.drawn + rows]
+        self.drawn += rows
+        return self.rows_ND[chosen_N.to(self.rows_ND.device)]
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs to draw the very same rows."""
+        return {"rows_ND": self.rows_ND, "order_B": self.order_B, "next_window": self.next_window, "shuffled_N": self.shuffled_N,
+                "drawn": self.drawn}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.to(self.rows_ND.device) if name == "rows_ND" else value)
+
+
+@torch.no_grad()
+def mlp_rows(model: Pythia, layer: int, tokens_BT: Tensor) -> Tensor:
+    """-> MLP outputs of all tokens but each window's first (end-of-text, whose activations are unlike all others), (N, D)."""
+    return model.mlp_output(tokens_BT.long().to(model.device), layer)[:, 1:].flatten(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- training
+
+class SAETrainer:
+    """One SAE in training, on inputs scaled by one number so that E‖x‖² = D:
+
+        L = mean_N ‖x − x̂‖² + l1_coef · mean_N penalty(f)
+
+    with the decoder-norm constraint, a controller on l1_coef that reaches the L0 target, and resampling of dead features.
+    """
+
+    def __init__(self, sae: SAE, scale: float, cfg: SAEConfig, generator: torch.Generator):
+        self.sae, self.scale, self.cfg, self.generator = sae, scale, cfg, generator
+        self.steps = max(1, cfg.tokens // cfg.batch_size)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, fused=True)
+        self.l1_coef = cfg.l1_coef
+        self.mean_l0 = None                          # moving average of the last ten steps or so
+        self.silent_F = torch.zeros(sae.num_features, dtype=torch.long, device=sae.W_dec_FD.device)     # steps since a feature fired
+
+    def step(self, step: int, x_ND: Tensor) -> dict:
+        """One update on unscaled rows -> the figures to log."""
+        cfg, x_ND = self.cfg, x_ND.float() * self.scale
+        done = step / self.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup * self.steps), (1 - done) / max(cfg.lr_decay, 1e-9))
+        l1_coef = self.l1_coef * min(1.0, done / max(cfg.l1_warmup, 1e-9))
+        with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):     # parameters and loss stay float32
+            features_NF = self.sae.encode(x_ND)
+            reconstruction_ND = self.sae.decode(features_NF)
+        error = (x_ND - reconstruction_ND.float()).square().sum(-1).mean()
+        penalty = OBJECTIVES[cfg.objective](features_NF.float()).mean()
+        self.optimizer.zero_grad()
+        (error + l1_coef * penalty).backward()
+        remove_radial_gradient(self.sae)
+        self.optimizer.step()
+        normalize_decoder(self.sae)
+        fired_NF = features_NF.detach() > 0
+        self.silent_F = torch.where(fired_NF.any(0), 0, self.silent_F + 1)
+        l0 = fired_NF.sum().item() / len(x_ND)
+        self.control(l0, done)
+        return {"loss": (error + l1_coef * penalty).item(), "fvu": (error / x_ND.var(0, correction=0).sum()).item(), "l0": l0,
+                "l1_coef": l1_coef, "dead": self.dead_F().float().mean().item()}
+
+    def control(self, l0: float, done: float) -> None:
+        """Move log l1_coef towards the L0 target, in proportion to the relative error of L0 (an integral controller)."""
+        self.mean_l0 = l0 if self.mean_l0 is None else 0.9 * self.mean_l0 + 0.1 * l0
+        if self.cfg.l0 and done >= self.cfg.l1_warmup:
+            error = math.log(max(self.mean_l0, 1e-3) / self.cfg.l0)
+            self.l1_coef *= math.exp(self.cfg.l0_rate * max(-1.0, min(1.0, error)))
+
+    def dead_F(self) -> Tensor:
+        """-> True for features that were silent over the stated window."""
+        return self.silent_F >= max(1, int(self.cfg.dead_window * self.steps))
+
+    def resample_due(self, step: int) -> bool:
+        return step in {int(moment * self.steps) for moment in self.cfg.resample_at}
+
+    def resample(self, x_ND: Tensor) -> int:
+        """Give the dead features new directions, found among unscaled rows -> how many there were."""
+        dead_F = self.dead_F()
+        resample_dead(self.sae, self.optimizer, dead_F, x_ND.float() * self.scale, self.generator)
+        self.silent_F[dead_F] = 0
+        return int(dead_F.sum())
+
+    def state_dict(self) -> dict:
+        return {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "scale": self.scale,
+                "l1_coef": self.l1_coef, "mean_l0": self.mean_l0, "silent_F": self.silent_F}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scale, self.l1_coef, self.mean_l0 = state["scale"], state["l1_coef"], state["mean_l0"]
+        self.silent_F = state["silent_F"].to(self.silent_F.device)
+
+
+def remove_radial_gradient(sae: SAE) -> None:
+    """Take from each decoder row's gradient the part along the row: the norm is fixed, Adam's moments should not see it."""
+    row_FD, gradient_FD = sae.W_dec_FD.detach(), sae.W_dec_FD.grad
+    gradient_FD -= (gradient_FD * row_FD).sum(-1, keepdim=True) * row_FD
+
+
+@torch.no_grad()
+def normalize_decoder(sae: SAE) -> None:
+    """Bring each decoder row back to norm 1, after the step: before it, the step itself would change the norm again."""
+    sae.W_dec_FD /= sae.W_dec_FD.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def resample_dead(sae: SAE, optimizer: torch.optim.Adam, dead_F: Tensor, x_ND: Tensor, generator: torch.Generator) -> None:
+    """Neuron resampling of Bricken et al. 2023: point dead features at inputs that the SAE reconstructs badly.
+
+    For each, an input is drawn with probability ∝ (its loss)². The decoder row becomes that input minus b_dec at norm 1, the
+    encoder column the same direction at 0.2 × the mean norm of the alive columns, the bias 0, and Adam's moments of exactly
+    these entries 0. All other entries keep every bit.
+    """
+    num_dead = int(dead_F.sum())
+    if not num_dead:
+        return
+    loss_N = torch.cat([(chunk - sae(chunk)).square().sum(-1) for chunk in x_ND.split(4096)])
+    # Without replacement as long as the inputs last, so that no two features are born equal.
+    drawn = torch.multinomial(loss_N.square().cpu(), num_dead, replacement=num_dead > len(loss_N), generator=generator)
+    direction_GD = F.normalize(x_ND[drawn.to(x_ND.device)] - sae.b_dec_D, dim=-1)           # G: the dead features
+    alive_norm = sae.W_enc_DF[:, ~dead_F].norm(dim=0).mean() if num_dead < len(dead_F) else 1.0
+    sae.W_dec_FD[dead_F] = direction_GD
+    sae.W_enc_DF[:, dead_F] = 0.2 * alive_norm * direction_GD.T
+    sae.b_enc_F[dead_F] = 0
+    for parameter, entries in ((sae.W_dec_FD, dead_F), (sae.W_enc_DF, (slice(None), dead_F)), (sae.b_enc_F, dead_F)):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if parameter in optimizer.state:
+                optimizer.state[parameter][moment][entries] = 0
+
+
+def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run, generator: torch.Generator) -> SAE:
+    """Train an SAE on the MLP output of `layer` over windows of text -> the SAE in the model's own units.
+
+    `run` keeps the log and the resumable state (see train.Run).
+    """
+    model.check_layer(layer)
+    buffer = ActivationBuffer(model, layer, tokens_BT, cfg, generator)
+    d_in = model.cfg.hidden_size
+    scale = math.sqrt(d_in / buffer.rows_ND.float().square().sum(-1).mean().item())         # April 2024: E‖x‖² = D
+    sae = SAE(d_in, cfg.num_features, generator).to(model.device)
+    with torch.no_grad():
+        sae.b_dec_D.copy_(buffer.rows_ND.float().mean(0) * scale)      # the mean, where the paper has the geometric median
+    trainer = SAETrainer(sae, scale, cfg, generator)
+    first = run.restore(trainer=trainer, buffer=buffer, generator=generator)
+    bar = tqdm(range(first, trainer.steps), desc="sae", initial=first, total=trainer.steps)
+    for step in bar:
+        figures = trainer.step(step, buffer.draw(cfg.batch_size))
+        if trainer.resample_due(step):
+            figures["resampled"] = trainer.resample(buffer.draw(min(cfg.resample_rows, len(buffer.rows_ND) // 2)))
+        if step % 20 == 0 or step == trainer.steps - 1 or "resampled" in figures:
+            run.log(step=step, **figures)
+            bar.set_postfix(fvu=f"{figures['fvu']:.3f}", l0=f"{figures['l0']:.1f}", dead=f"{figures['dead']:.3f}")
+        run.checkpoint(step + 1, cfg.checkpoint_seconds, trainer=trainer, buffer=buffer, generator=generator)
+    return trainer.sae.unscaled(trainer.scale).requires_grad_(False).to(model.device)
+
+
+# --------------------------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, batch_size: int = 16) -> dict:
+    """Figures on held-out windows of text; the first token of each window counts nowhere and is never replaced.
+
+    mse            mean over rows of ‖x − x̂‖², summed over D
+    fvu            Σ ‖x − x̂‖² / Σ ‖x − x̄‖², fraction of variance unexplained; x̄ is one mean over all rows
+    l0, l1         mean number of active features, and mean Σ f_i ‖d_i‖, a row
+    shrinkage      mean of ‖x̂‖ / ‖x‖
+    dead_fraction  share of features silent on all `rows` rows;  dense_fraction: share active on more than 1 % of them
+    ce_*           mean next-token cross-entropy in nats: as the model is; with x̂, 0 or the mean in place of the MLP's output
+    ce_recovered   (ce_zero − ce_sae) / (ce_zero − ce_base);  ce_recovered_mean: the same against mean-ablation
+    """
+    sum_D = torch.zeros(model.cfg.hidden_size, dtype=torch.float64, device=model.device)
+    fired_F = torch.zeros(sae.num_features, dtype=torch.float64, device=model.device)
+    totals = dict.fromkeys(("square", "error", "l0", "l1", "shrinkage"), 0.0)
+    rows = 0
+    norm_F = sae.W_dec_FD.norm(dim=-1)
+    for batch_BT in tokens_BT.split(batch_size):
+        x_ND = mlp_rows(model, layer, batch_BT).float()
+        features_NF = sae.encode(x_ND)
+        reconstruction_ND = sae.decode(features_NF)
+        rows += len(x_ND)
+        sum_D += x_ND.double().sum(0)
+        fired_F += (features_NF > 0).sum(0)
+        totals["square"] += x_ND.double().square().sum().item()
+        totals["error"] += (x_ND - reconstruction_ND).double().square().sum().item()
+        totals["l0"] += (features_NF > 0).sum().item()
+        totals["l1"] += (features_NF * norm_F).double().sum().item()
+        totals["shrinkage"] += (reconstruction_ND.norm(dim=-1) / x_ND.norm(dim=-1)).double().sum().item()
+    mean_D = sum_D / rows
+    variance = totals["square"] - rows * mean_D.square().sum().item()
+    figures = {"mse": totals["error"] / rows, "fvu": totals["error"] / variance, "l0": totals["l0"] / rows, "l1": totals["l1"] / rows,
+               "shrinkage": totals["shrinkage"] / rows, "dead_fraction": (fired_F == 0).double().mean().item(),
+               "dense_fraction": (fired_F > 0.01 * rows).double().mean().item(), "rows": rows}
+    spliced = {"base": None, "sae": sae, "zero": torch.zeros_like, "mean": lambda mlp_BTD: mean_D.to(mlp_BTD.dtype).expand_as(mlp_BTD)}
+    ce = {name: spliced_loss(model, layer, tokens_BT, replace, batch_size) for name, replace in spliced.items()}
+    return figures | {f"ce_{name}": value for name, value in ce.items()} | {
+        "ce_recovered": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["base"]),
+        "ce_recovered_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["base"])}
+
+
+def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable[[Tensor], Tensor] | None, batch_size: int) -> float:
+    """-> mean next-token loss with replace(mlp_BTD) in place of the MLP's output at `layer`, first tokens excepted."""
+    def edit(mlp_BTD, neurons_BTM):
+        change_BTD = replace(mlp_BTD.float()).to(mlp_BTD.dtype) - mlp_BTD
+        change_BTD[:, 0] = 0
+        return change_BTD
+
+    total = 0.0
+    for batch_BT in tokens_BT.split(batch_size):
+        batch_BT = batch_BT.long().to(model.device)
+        logits_BTV = model(batch_BT, edits={layer: edit} if replace else None)[:, :-1]
+        total += F.cross_entropy(logits_BTV.float().flatten(0, 1), batch_BT[:, 1:].flatten(), reduction="sum").item()
+    return total / (len(tokens_BT) * (tokens_BT.shape[1] - 1))

@@ -1,0 +1,467 @@
+"""Command line: one function a stage. Read this file first; each stage tells its story and names who does the work."""
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import interpret
+import ppo
+import reward
+import sae
+from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, find_model, load_state, read_json, read_rows, read_safetensors,
+                    save_state, write_json, write_safetensors, write_whole)
+
+
+# ------------------------------------------------------------------------------------------------------------------- stages
+
+def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
+    """Train a sparse autoencoder on the MLP output of --layer; text is sampled from the model, or read from --corpus."""
+    model, tokenizer, layer = load_model(args)
+    generator = torch.Generator().manual_seed(args.seed)
+    train_BT, heldout_BT = sae_text(args, cfg, model, tokenizer, run, generator)
+    trained = sae.train_sae(model, layer, train_BT, cfg, run, generator)
+    trained.save(run.folder, model_name=model_name(args), layer=layer, context=train_BT.shape[1])
+    interpret.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
+    return sae.evaluate_sae(model, layer, trained, heldout_BT)
+
+
+def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict:
+    """PPO on --policy against --reward from --prompts; evaluated on --eval-prompts, also by the held-out reward model --gold."""
+    model, tokenizer, layer = load_model(args)
+    saes = {layer: load_trained_sae(args, model, layer)} if args.policy != "full" else {}
+    policy = ppo.make_policy(args.policy, model, saes, args.edit)
+    score_fn = load_reward(args.reward, args, model, tokenizer)
+    prompts, eval_prompts = (ppo.Prompts(read_lines(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, args.device)
+                             for path in (args.prompts, args.eval_prompts))
+    evaluation = ppo.Evaluation(model, eval_prompts, score_fn, cfg, seed=1_000_000 + args.seed)
+    start = time.monotonic()
+    ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(args.seed), evaluation)
+    seconds = time.monotonic() - start
+    after = evaluation(policy)
+    write_safetensors(run.folder / "policy.safetensors", {name: p.detach() for name, p in policy.trainable().items()})
+    write_json(run.folder / "samples.json", interpret.paired_samples(tokenizer, evaluation, after))
+    interpret.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
+    return after.figures | gold_figures(args, model, tokenizer, evaluation, after) | {
+        "n_changed": policy.n_changed(), "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
+        "seconds_per_iteration": seconds / cfg.iterations, "peak_memory_gib": ppo.peak_memory_gib(args.device)}
+
+
+def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, run: "Run") -> dict:
+    """Cards of the features that RLHF moved most, samples before and after, curves: one page."""
+    model, tokenizer, layer = load_model(args)
+    trained, rlhf_folder, sae_folder = load_trained_sae(args, model, layer), folder_of(args, "rlhf"), folder_of(args, "sae")
+    if not (rlhf_folder / "metrics.json").exists() or args.policy != "coef":
+        raise UserError(f"{rlhf_folder} holds no finished run of --policy coef to interpret: run --stage rlhf first")
+    learned = read_safetensors(rlhf_folder / "policy.safetensors")
+    coef_F, bias_F = learned[f"{layer}.coef_F"], learned.get(f"{layer}.bias_F")
+    heldout_BT = read_safetensors(sae_folder / "text.safetensors")["heldout"]
+    cards, firing_rate_F = interpret.make_cards(model, tokenizer, layer, trained, coef_F, bias_F, heldout_BT, cfg)
+    interpret.plot_coefficients(run.folder / "coefficients.png", coef_F, firing_rate_F)
+    plots = {"coefficients": run.folder / "coefficients.png", "RLHF": rlhf_folder / "curves.png", "SAE": sae_folder / "curves.png"}
+    page = interpret.write_report(run.folder, {
+        "title": f"What RLHF changed in {model_name(args)}, layer {layer}", "num_features": trained.num_features,
+        "rlhf": read_json(rlhf_folder / "metrics.json"), "sae": read_json(sae_folder / "metrics.json"),
+        "config": read_json(rlhf_folder / "config.json"), "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "features": [dataclasses.asdict(card) for card in cards], "samples": read_json(rlhf_folder / "samples.json")[:cfg.samples],
+        "plots": {name: interpret.inline_png(path) for name, path in plots.items()}})
+    print(f"report: {page}")
+    return {"cards": len(cards)}
+
+
+def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: "Run") -> dict:
+    """Train a reward model on the backbone of --model, from preference pairs or labelled texts in --corpus."""
+    model, tokenizer, _ = load_model(args)
+    generator = torch.Generator().manual_seed(args.seed)
+    pairs, labelled = read_pairs(need(args.corpus, "--corpus"), cfg.half, generator)
+    heldout, _ = read_pairs(need(args.eval_corpus, "--eval-corpus"), 0, generator)
+    trained = reward.train_reward(reward.RewardModel.from_backbone(model.float(), generator), reward.encode_pairs(pairs, tokenizer), cfg,
+                                  run, generator, random_cut=labelled)
+    trained.half().save_pretrained(run.folder / "model")
+    tokenizer.save_pretrained(run.folder / "model")
+    trained = reward.RewardModel.from_pretrained(run.folder / "model", dtype=torch.float32, device=args.device)     # as it was saved
+    heldout_ids = reward.encode_pairs(heldout, tokenizer)
+    short = {f"{key}_32": value for key, value in reward.evaluate_reward(trained, reward.cut_pairs(heldout_ids, 32)).items()} if labelled else {}
+    return {"pairs": len(pairs), "heldout_pairs": len(heldout)} | reward.evaluate_reward(trained, reward.cut_pairs(heldout_ids, cfg.max_tokens)) | short
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """--stage lm: train a small Pythia from scratch (this is how assets/tiny was made)."""
+
+    tokenizer: str = "tiny"              # name or folder of a model whose tokenizer to use, or a tokenizer.json
+    num_layers: int = 4
+    hidden_size: int = 256
+    num_heads: int = 8
+    context: int = 256                   # tokens a window, the leading end-of-text token included
+    tokens: int = 23_000_000             # trained on in all
+    batch_size: int = 16                 # windows a step
+    micro_batch: int = 8                 # windows a backward pass; logits of more fall out of the CPU's caches
+    lr: float = 2e-3                     # peak; cosine to 0 (AdamW, betas 0.9 and 0.98)
+    warmup: int = 200                    # steps
+    weight_decay: float = 0.1            # on matrices
+    max_grad_norm: float = 1.0
+    checkpoint_seconds: float = 120.0    # between resumable states
+
+
+def next_token_loss(model: Pythia, tokens_BT: Tensor) -> Tensor:
+    """-> mean cross-entropy in nats a predicted token (all but each window's first)."""
+    logits_BTV = model(tokens_BT[:, :-1])
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
+
+
+def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
+    """Train a language model on --corpus; its held-out loss is measured on --eval-corpus with the weights as saved."""
+    tokenizer = Tokenizer.from_pretrained(cfg.tokenizer)
+    windows_BT = token_windows(read_texts(need(args.corpus, "--corpus")), tokenizer, cfg.context)
+    shape = PythiaConfig(vocab_size=math.ceil(tokenizer.vocab_size / 64) * 64, hidden_size=cfg.hidden_size, num_layers=cfg.num_layers,
+                         num_heads=cfg.num_heads, intermediate_size=4 * cfg.hidden_size, max_positions=cfg.context)
+    generator = torch.Generator().manual_seed(args.seed)
+    model = Pythia(shape).initialize(generator).to(args.device)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+    steps = cfg.tokens // (cfg.batch_size * cfg.context)
+    epoch_orders = [torch.randperm(len(windows_BT), generator=generator) for _ in range(-(-steps * cfg.batch_size // len(windows_BT)))]
+    order = torch.cat(epoch_orders)
+    first = run.restore(model=model, optimizer=optimizer)
+    bar = tqdm(range(first, steps), desc="lm", initial=first, total=steps)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min((step + 1) / cfg.warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        batch_BT = windows_BT[order[step * cfg.batch_size:(step + 1) * cfg.batch_size]].long().to(args.device)
+        loss = 0.0
+        for micro_BT in batch_BT.split(cfg.micro_batch):
+            with torch.autocast(args.device.type, torch.bfloat16):   # on recent CPUs too, twice as fast; the weights stay float32
+                part = next_token_loss(model, micro_BT) * len(micro_BT) / len(batch_BT)
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0 or step == steps - 1:
+            run.log(step=step, loss=loss)
+            bar.set_postfix(loss=f"{loss:.3f}")
+        run.checkpoint(step + 1, cfg.checkpoint_seconds, model=model, optimizer=optimizer)
+    model.half().save_pretrained(run.folder / "model")
+    tokenizer.save_pretrained(run.folder / "model")
+    return {"steps": steps, "tokens": steps * cfg.batch_size * cfg.context, "train_loss": loss,
+            "loss": evaluate_lm(args, run.folder / "model", cfg.context)}
+
+
+@torch.no_grad()
+def evaluate_lm(args: argparse.Namespace, folder: Path, context: int) -> float | None:
+    """-> mean loss over all predicted tokens of --eval-corpus, in float32, with the weights as they were saved."""
+    if not args.eval_corpus:
+        return None
+    model = Pythia.from_pretrained(folder, dtype=torch.float32, device=args.device)
+    windows_BT = token_windows(read_texts(args.eval_corpus), Tokenizer.from_pretrained(folder), context)
+    losses = [next_token_loss(model, batch_BT.long().to(args.device)).double() * len(batch_BT)
+              for batch_BT in tqdm(windows_BT.split(16), desc="evaluate")]
+    return (sum(losses) / len(windows_BT)).item()
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """-> documents of a .txt (one), .jsonl or .jsonl.gz file ({"text": …}); UserError where there is no text at all."""
+    path = Path(path)
+    if path.suffix == ".txt":
+        try:
+            texts = [path.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not readable as UTF-8 text: {error}") from None
+    else:
+        texts = [row.get("text") for row in read_rows(path)]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f'{path}: every row needs a "text" string')
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"{path}: an empty corpus: no text in it")
+    return texts
+
+
+def token_windows(texts: list[str], tokenizer: Tokenizer, context: int) -> Tensor:
+    """-> tokens_BT: all documents in one stream, an end-of-text token after each, cut into windows that start with one too."""
+    stream: list[int] = []
+    for text in tqdm(texts, desc="tokenize", unit="doc", disable=len(texts) < 10_000):
+        stream += tokenizer.encode(text)
+        stream.append(tokenizer.end_of_text)
+    T = context - 1
+    if len(stream) < T:
+        raise UserError(f"the corpus has {len(stream)} tokens; one window of {T} is the least")
+    body_BT = torch.tensor(stream[:len(stream) // T * T], dtype=torch.int32).view(-1, T)
+    return F.pad(body_BT, (1, 0), value=tokenizer.end_of_text)
+
+
+# ------------------------------------------------------------------------------------------------- what stages load and share
+
+def load_model(args: argparse.Namespace) -> tuple[Pythia, Tokenizer, int]:
+    """-> the frozen model of --model, its tokenizer, and --layer (the middle one where it is not given)."""
+    model = Pythia.from_pretrained(args.model, dtype=args.dtype, device=args.device)
+    return model, Tokenizer.from_pretrained(args.model), model.check_layer(model.cfg.num_layers // 2 if args.layer is None else args.layer)
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """-> a name for SAE files to remember: `tiny` for assets/tiny, too."""
+    return find_model(args.model).resolve().name
+
+
+def load_trained_sae(args: argparse.Namespace, model: Pythia, layer: int) -> sae.SAE:
+    """-> the SAE of this run folder."""
+    if not (folder_of(args, "sae") / "metrics.json").exists():
+        raise UserError(f"{folder_of(args, 'sae')} holds no finished SAE: run --stage sae first")
+    return sae.load_sae(folder_of(args, "sae"), model=model, model_name=model_name(args), layer=layer)
+
+
+def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: "Run",
+             generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """-> windows to train on and held-out windows, kept in the run folder: from --corpus, or sampled from the model."""
+    path = run.folder / "text.safetensors"
+    if path.exists():
+        return tuple(read_safetensors(path)[name] for name in ("train", "heldout"))
+    context = cfg.context or min(model.cfg.max_positions, 256 if model.cfg.num_layers < 16 else 128)
+    heldout = max(1, cfg.eval_tokens // context)
+    if args.corpus:
+        windows_BT = token_windows(read_texts(args.corpus), tokenizer, context)
+        windows_BT = windows_BT[torch.randperm(len(windows_BT), generator=generator)]
+        heldout = min(heldout, len(windows_BT) // 5)
+        if not heldout:
+            raise UserError(f"{args.corpus}: {len(windows_BT)} windows of {context} tokens are too few to train on and hold some out")
+    else:
+        windows_BT = sample_windows(model, tokenizer, heldout + -(-cfg.text_tokens // context), context, generator)
+    write_safetensors(path, {"heldout": windows_BT[:heldout], "train": windows_BT[heldout:]})
+    return windows_BT[heldout:], windows_BT[:heldout]
+
+
+def sample_windows(model: Pythia, tokenizer: Tokenizer, number: int, context: int, generator: torch.Generator) -> Tensor:
+    """-> tokens_BT sampled from the model, each window from an end-of-text token on."""
+    chunks = []
+    with tqdm(total=number * context, desc="sample text", unit="tok", unit_scale=True) as bar:
+        for start in range(0, number, 256):
+            prompt_BT = torch.full((min(256, number - start), 1), tokenizer.end_of_text, device=model.device)
+            chunks.append(model.generate(prompt_BT, context - 1, generator=generator).int().cpu())
+            bar.update(chunks[-1].numel())
+    return torch.cat(chunks)
+
+
+def load_reward(name: str, args: argparse.Namespace, model: Pythia, tokenizer: Tokenizer) -> reward.ScoreFn:
+    """-> the score_fn of --reward or --gold."""
+    return reward.load_reward(name, tokenizer, args.dtype, args.device)
+
+
+def gold_figures(args: argparse.Namespace, model: Pythia, tokenizer: Tokenizer, evaluation: ppo.Evaluation, after: ppo.Evaluated) -> dict:
+    """-> the gain by a reward model that training never saw, on the same samples: a gain that it does not share is over-optimisation."""
+    if not args.gold:
+        return {}
+    return evaluation.gain_by(load_reward(args.gold, args, model, tokenizer), after, "gold")
+
+
+def read_pairs(path: str, half: int, generator: torch.Generator) -> tuple[list[reward.Preference], bool]:
+    """-> preference pairs of a file of pairs, or of labelled texts, and whether it was the latter."""
+    rows = read_rows(path)
+    if rows and "label" in rows[0]:
+        return reward.pairs_from_labels(rows, half, generator), True
+    pairs, dropped = reward.load_preferences(path)
+    if dropped:
+        print(f"{path}: {dropped} rows dropped (prompts differ, or an answer is empty)")
+    return pairs, False
+
+
+def read_lines(path: str) -> list[str]:
+    """-> the non-empty lines of a text file."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as a list of prompts: {error}") from None
+    if not lines:
+        raise UserError(f"{path}: holds no prompt")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------- run folders
+
+class Run:
+    """One stage's folder OUT/STAGE: config.json, metrics.jsonl (a line a logged step), state.pt while it runs, metrics.json at its end."""
+
+    def __init__(self, folder: Path, config: dict, resume: bool):
+        self.folder, self.config = folder, config
+        found = folder / "config.json"
+        if found.exists():
+            if not resume:
+                raise UserError(f"{folder} holds a run already: go on with it by --resume, or choose another folder by --out or --tag")
+            changed = [key for key, value in (read_json(found) | config).items() if read_json(found).get(key) != value]
+            if changed:
+                raise UserError(f"{folder} was begun with another {', '.join(changed)}: give the same options, or another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(found, config)
+        self.saved = time.monotonic()
+
+    @property
+    def finished(self) -> dict | None:
+        """The final figures, once the stage is done."""
+        path = self.folder / "metrics.json"
+        return read_json(path) if path.exists() else None
+
+    def log(self, **figures) -> None:
+        """Append a line to metrics.jsonl."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(figures) + "\n")
+
+    def rows(self) -> list[dict]:
+        """All lines of metrics.jsonl."""
+        return read_rows(self.folder / "metrics.jsonl")
+
+    def checkpoint(self, step: int, seconds: float, **parts) -> None:
+        """Every `seconds`, save the state of `parts` (anything with a state_dict) after `step` steps."""
+        if time.monotonic() - self.saved > seconds:
+            states = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()}
+            save_state(self.folder / "state.pt", {"step": step, **states})
+            self.saved = time.monotonic()
+
+    def restore(self, **parts) -> int:
+        """-> how many steps are done, with `parts` as they were then; logged lines beyond them are dropped."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return 0
+        state = load_state(path)
+        for name, part in parts.items():
+            (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(state[name])
+        log = self.folder / "metrics.jsonl"
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] < state["step"]] if log.exists() else []
+        write_whole(log, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+        return state["step"]
+
+    def finish(self, figures: dict) -> dict:
+        """Write the final figures; the resumable state is no longer needed."""
+        write_json(self.folder / "metrics.json", figures)
+        (self.folder / "state.pt").unlink(missing_ok=True)
+        return figures
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+STAGES = {"lm": (stage_lm, LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward": (stage_reward, reward.RewardConfig),
+          "rlhf": (stage_rlhf, ppo.PPOConfig), "interpret": (stage_interpret, interpret.InterpretConfig)}
+ASSETS = Path(__file__).parent / "assets"
+# What besides its own options a stage's result depends on; another value of these is another run.
+DEPENDS = {"lm": ("corpus", "seed"), "sae": ("model", "layer", "corpus", "dtype", "seed"), "reward": ("model", "corpus", "seed"),
+           "rlhf": ("model", "layer", "policy", "edit", "reward", "prompts", "eval_prompts", "dtype", "seed"), "interpret": ("model", "layer")}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options: those below, and one `--STAGE-FIELD` for each field of a stage's configuration."""
+    parser = Parser(description="Interpretable RLHF with sparse autoencoders", allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--stage", default="all", choices=["all", *STAGES], help="all: sae, rlhf, interpret")
+    add("--model", default="tiny", help="an embedded model, or the folder of a checkpoint")
+    add("--layer", type=int, default=None, help="whose MLP output is read and edited, from 0; the middle one")
+    add("--policy", default="coef", choices=ppo.POLICIES, help="what RLHF trains: coefficients, or all weights")
+    add("--edit", default="scale", choices=ppo.EDITS, help="coefficients, or coefficients and biases")
+    add("--reward", default="tiny-reward", help="a reward model, embedded or a folder, or avoid:FILE, a list of words to avoid")
+    add("--gold", default="tiny-gold", help="a second reward model, for evaluation only; '' for none")
+    add("--prompts", default=str(ASSETS / "prompts.txt"), help="one a line, to train on")
+    add("--eval-prompts", default=str(ASSETS / "prompts-eval.txt"), help="one a line, held out")
+    add("--corpus", default=None, help="text (.txt, .jsonl, .jsonl.gz) for lm and sae; preference pairs or labelled texts for reward")
+    add("--eval-corpus", default=None, help="held-out file of the same kind, for lm and reward")
+    add("--out", default="runs/tiny", help="folder of this run; each stage has its own in it")
+    add("--tag", default="", help="a word added to the name of the rlhf folder, to tell runs apart")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 …")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the model; auto: bfloat16 on a GPU")
+    add("--seed", type=int, default=0, help="of all random numbers")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    for stage, (_, config) in STAGES.items():
+        group = parser.add_argument_group(f"--stage {stage}")
+        for field in dataclasses.fields(config):
+            group.add_argument(f"--{stage}-{field.name.replace('_', '-')}", type=FIELD_TYPES.get(field.type, field.type),
+                               default=field.default, help=" ")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        valid = ", ".join(option for action in parser._actions for option in action.option_strings if option.startswith("--"))
+        raise UserError(f"unknown option {unknown[0]!r}; valid: {valid}")
+    return args
+
+
+FIELD_TYPES = {tuple[float, ...]: lambda text: tuple(float(part) for part in text.split(",") if part)}
+
+
+def choose_device(args: argparse.Namespace) -> None:
+    """Turn --device and --dtype into torch's."""
+    try:
+        args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    default = "bfloat16" if args.device.type == "cuda" else "float32"
+    args.dtype = getattr(torch, default if args.dtype == "auto" else args.dtype)
+
+
+def need(value: str | None, option: str) -> str:
+    """-> the option's value, or a UserError that asks for it."""
+    if value is None:
+        raise UserError(f"{option} is needed for this stage")
+    return value
+
+
+def folder_of(args: argparse.Namespace, stage: str) -> Path:
+    """-> OUT/STAGE; OUT/rlhf-POLICY-TAG; the report has its own."""
+    tag = f"-{args.tag}" if args.tag else ""
+    return Path(args.out) / {"rlhf": f"rlhf-{args.policy}{tag}", "interpret": f"report{tag}"}.get(stage, stage)
+
+
+def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:
+    """Run one stage in its folder, or take its figures from there where it is finished and --resume was given."""
+    function, cfg = STAGES[stage][0], configs[stage]
+    depends = {name: str(getattr(args, name)) for name in DEPENDS[stage]}
+    run = Run(folder_of(args, stage), json.loads(json.dumps(dataclasses.asdict(cfg))) | depends, args.resume)
+    figures = run.finished
+    if figures is None:
+        start = time.monotonic()
+        figures = function(args, cfg, run)
+        figures = run.finish(figures | {"seconds": round(time.monotonic() - start, 2)})
+    print(f"{run.folder}: " + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()))
+    return figures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> exit code: 0, or 2 with one line on stderr for what the user can mend."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        configs = {stage: config(**{f.name: getattr(args, f"{stage}_{f.name}") for f in dataclasses.fields(config)})
+                   for stage, (_, config) in STAGES.items()}
+        choose_device(args)
+        stages = ["sae", "rlhf", "interpret"] if args.stage == "all" else [args.stage]
+        if args.stage == "rlhf" and args.policy != "full" and not (folder_of(args, "sae") / "metrics.json").exists():
+            print(f"{folder_of(args, 'sae')} holds no finished SAE: training it first")
+            stages = ["sae", "rlhf"]
+        for stage in stages:
+            run_stage(stage, args, configs)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on from the last saved state", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
