@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pythia import Pythia, Tokenizer, UserError, pad_left
 from sae import SAE
 
+ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 POLICIES = ("coef", "full")
 EDITS = ("scale", "scale+bias")
 
@@ -31,19 +32,19 @@ EDITS = ("scale", "scale+bias")
 class PPOConfig:
     """--stage rlhf"""
 
-    iterations: int = 24                 # rollouts, each followed by `epochs` passes over it
+    iterations: int = 20                 # rollouts, each followed by `epochs` passes over it
     episodes: int = 512                  # responses a rollout
     samples_per_prompt: int = 4          # responses to each prompt of a rollout
     response_tokens: int = 24            # R; a response is cut behind its first end-of-text token
     temperature: float = 1.0             # of sampling, and of the policy's and the reference's logprobs alike
-    epochs: int = 4                      # passes over a rollout
+    epochs: int = 2                      # passes over a rollout (Ziegler: 4; steps are small here, a second look is worth little)
     minibatches: int = 4                 # optimizer steps a pass
     micro_batch: int = 128               # episodes a forward pass; lower it to save memory
-    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.02 for coefficients, 1e-4 for weights
+    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.08 for coefficients, 1e-4 for weights
     critic_lr: float = 3e-3              # of the value head
     adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
     gamma: float = 1.0                   # discount
-    lam: float = 0.95                    # λ of GAE
+    lam: float = 0.7                     # λ of GAE (Ziegler: 0.95; measured: see README, Departures)
     clip: float = 0.2                    # of the ratio, and of the value around its old value
     vf_coef: float = 0.1                 # weight of the value loss (Ziegler)
     kl_coef: float = 0.05                # β at the start, with scores of unit standard deviation
@@ -55,11 +56,12 @@ class PPOConfig:
     checkpoint_seconds: float = 120.0    # between resumable states
 
     def __post_init__(self):
-        if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
-            raise UserError("--rlhf-episodes must be a multiple of --rlhf-samples-per-prompt and of --rlhf-minibatches")
-        for name in ("iterations", "response_tokens", "epochs", "micro_batch", "temperature", "kl_horizon", "kl_target"):
+        for name in ("iterations", "episodes", "samples_per_prompt", "response_tokens", "temperature", "epochs", "minibatches", "micro_batch",
+                     "kl_target", "kl_horizon", "eval_every", "eval_samples"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--rlhf-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
+            raise UserError("--rlhf-episodes must be a multiple of --rlhf-samples-per-prompt and of --rlhf-minibatches")
 
 
 # ----------------------------------------------------------------------------------------------------------------- the edit
@@ -207,19 +209,22 @@ def make_policy(name: str, model: Pythia, saes: dict[int, SAE], edit: str = "sca
 
 
 class Critic(nn.Module):
-    """V_t = w_t · h_t + b_t, h_t the *reference's* final hidden state before response token t: no transformer pass of its own.
+    """V_t = a_t s_t + w_t · h_t + b_t: what a response's score will be, from its beginning, with weights of each position's own.
 
-    One w and b a position, as what is left to come differs from position to position; 0 at the start (Ziegler).
+    s_t is the (standardised) score of the text before response token t, where the reward can be asked for it, and h_t the
+    *reference's* final hidden state there: no transformer pass of the critic's own. At the start V_t = s_t.
     """
 
     def __init__(self, hidden_size: int, response_tokens: int, device: torch.device):
         super().__init__()
+        self.prefix_R = nn.Parameter(torch.ones(response_tokens, device=device))
         self.weight_RD = nn.Parameter(torch.zeros(response_tokens, hidden_size, device=device))
         self.bias_R = nn.Parameter(torch.zeros(response_tokens, device=device))
 
-    def forward(self, ref_hidden_BRD: Tensor) -> Tensor:
+    def forward(self, prefix_scores_BR: Tensor, ref_hidden_BRD: Tensor) -> Tensor:
         """-> values_BR"""
-        return (ref_hidden_BRD.float() * self.weight_RD).sum(-1) / ref_hidden_BRD.shape[-1] ** 0.5 + self.bias_R
+        from_hidden_BR = (ref_hidden_BRD.float() * self.weight_RD).sum(-1) / ref_hidden_BRD.shape[-1] ** 0.5
+        return self.prefix_R * prefix_scores_BR + from_hidden_BR + self.bias_R
 
 
 # ----------------------------------------------------------------------------------------------------------------- rollouts
@@ -231,11 +236,13 @@ class Rollout:
     mask_BT: Tensor                      # 1: prompt, and response up to and including its first end-of-text token
     mask_BR: Tensor                      # that of the response
     trunk: Trunk
-    values_BR: Tensor                    # of the critic, before this iteration's updates
     logprobs_BR: Tensor                  # of the policy that sampled
     ref_logprobs_BR: Tensor
     kl_BR: Tensor                        # exact KL(policy ‖ reference) of each next-token distribution, nats; 0 outside the mask
     entropy_BR: Tensor                   # of the policy's next-token distribution, nats; 0 outside the mask
+    scores_B: Tensor | None = None       # standardised, as are the prefix scores; filled in by `score`
+    prefix_scores_BR: Tensor | None = None
+    values_BR: Tensor | None = None      # of the critic, before this iteration's updates
 
     @property
     def mean_kl(self) -> float:
@@ -268,13 +275,13 @@ def join(parts: list):
 
 
 @torch.no_grad()
-def collect_rollouts(policy: Policy, critic: Critic, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
+def collect_rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
                      generator: torch.Generator) -> Rollout:
     """Sample one response a row of the prompts, and compute all that an iteration needs of them, in micro-batches."""
     parts = []
     for rows in slices(len(prompt_BT), cfg.micro_batch):
-        parts.append(observe(policy, critic, *respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text,
-                                                      cfg, generator), cfg))
+        parts.append(observe(policy, *respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg,
+                                              generator), cfg))
     return join(parts)
 
 
@@ -294,8 +301,8 @@ def respond(model: Pythia, edits, prompt_BT: Tensor, prompt_mask_BT: Tensor, end
 
 
 @torch.no_grad()
-def observe(policy: Policy, critic: Critic | None, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig) -> Rollout:
-    """Compute logprobs (through the training path, so that the first ratio is exactly 1), KL, entropy and values of responses."""
+def observe(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig) -> Rollout:
+    """Compute logprobs (through the training path, so that the first ratio is exactly 1), KL and entropy of responses."""
     R = cfg.response_tokens
     mask_BR, response_BR = mask_BT[:, -R:], tokens_BT[:, -R:]
     trunk = policy.observe(tokens_BT, mask_BT, R)
@@ -303,8 +310,7 @@ def observe(policy: Policy, critic: Critic | None, tokens_BT: Tensor, mask_BT: T
     ref_logp_BRV = next_logprobs(policy.reference, trunk.ref_hidden_BRD, cfg.temperature)
     kl_BR = (logp_BRV.exp() * (logp_BRV - ref_logp_BRV)).sum(-1) * mask_BR
     entropy_BR = -(logp_BRV.exp() * logp_BRV).sum(-1) * mask_BR
-    values_BR = critic(trunk.ref_hidden_BRD) if critic else torch.zeros_like(kl_BR)
-    return Rollout(tokens_BT, mask_BT, mask_BR, trunk, values_BR, pick(logp_BRV, response_BR), pick(ref_logp_BRV, response_BR),
+    return Rollout(tokens_BT, mask_BT, mask_BR, trunk, pick(logp_BRV, response_BR), pick(ref_logp_BRV, response_BR),
                    kl_BR, entropy_BR)
 
 
@@ -423,11 +429,11 @@ class Prompts:
         return self.tokens_BT[order], self.mask_BT[order]
 
 
-def train_ppo(policy: Policy, prompts: Prompts, score_fn: Callable[[Tensor, Tensor], Tensor], cfg: PPOConfig, run,
+def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfig, run,
               generator: torch.Generator, evaluation: "Evaluation | None" = None) -> Policy:
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
-    lr = cfg.lr or (1e-4 if isinstance(policy, WeightPolicy) else 0.02)
+    lr = cfg.lr or (1e-4 if isinstance(policy, WeightPolicy) else 0.08)
     optimizer = torch.optim.Adam([{"params": list(policy.trainable().values()), "lr": lr},
                                   {"params": list(critic.parameters()), "lr": cfg.critic_lr}], eps=cfg.adam_eps)
     kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
@@ -437,13 +443,15 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: Callable[[Tensor, Tens
     for iteration in bar:
         start = time.monotonic()
         drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
-        rollout = collect_rollouts(policy, critic, *drawn, prompts.end_of_text, cfg, generator)
-        scores_B = score_in_batches(score_fn, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch)      # the reward model's only appearance
-        rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, standardize(scores_B), rollout.mask_BR, kl.coef)
+        rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
+        score(rollout, score_fn, standardize, critic, cfg)                             # the reward model's only appearance
+        rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, kl.coef)
         advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
         advantages_BR = whiten(advantages_BR, rollout.mask_BR)
-        figures = update(policy, critic, optimizer, rollout, advantages_BR, returns_BR, cfg, generator, 1 - iteration / cfg.iterations)
-        figures |= rollout_figures(rollout, scores_B, returns_BR, kl.coef, prompts.end_of_text)
+        for group, peak in zip(optimizer.param_groups, (lr, cfg.critic_lr)):
+            group["lr"] = peak * (1 - iteration / cfg.iterations)
+        figures = update(policy, critic, optimizer, rollout, advantages_BR, returns_BR, cfg, generator)
+        figures |= rollout_figures(rollout, standardize.undo(rollout.scores_B), returns_BR, kl.coef, prompts.end_of_text)
         kl.update(rollout.mean_kl)
         figures |= {"n_changed": policy.n_changed(), "episodes_per_second": cfg.episodes / (time.monotonic() - start)}
         if evaluation and (iteration + 1) % cfg.eval_every == 0 and iteration + 1 < cfg.iterations:
@@ -456,12 +464,9 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: Callable[[Tensor, Tens
 
 
 def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, rollout: Rollout, advantages_BR: Tensor, returns_BR: Tensor,
-           cfg: PPOConfig, generator: torch.Generator, lr_factor: float) -> dict:
+           cfg: PPOConfig, generator: torch.Generator) -> dict:
     """`epochs` passes over the rollout in shuffled minibatches -> means of the losses over all of them."""
     size, R, figures = cfg.episodes // cfg.minibatches, cfg.response_tokens, []
-    base_lrs = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
-    for group, base_lr in zip(optimizer.param_groups, base_lrs):
-        group["lr"] = base_lr * lr_factor
     for _ in range(cfg.epochs):
         for rows in torch.randperm(cfg.episodes, generator=generator).to(advantages_BR.device).split(size):
             optimizer.zero_grad()
@@ -469,12 +474,14 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, rol
                 batch = select(rollout, micro)
                 hidden_BRD = policy.hidden(batch.tokens_BT, batch.mask_BT, R, batch.trunk)
                 logprobs_BR = pick(next_logprobs(policy.model, hidden_BRD, cfg.temperature), batch.tokens_BT[:, -R:])
-                losses = ppo_loss(logprobs_BR, critic(batch.trunk.ref_hidden_BRD), batch, advantages_BR[micro], returns_BR[micro], cfg)
-                (losses.total * len(micro) / len(rows)).backward()
-                figures.append(torch.stack([loss.detach() for loss in losses]))
+                values_BR = critic(batch.prefix_scores_BR, batch.trunk.ref_hidden_BRD)
+                losses = ppo_loss(logprobs_BR, values_BR, batch, advantages_BR[micro], returns_BR[micro], cfg)
+                share = batch.mask_BR.sum() / rollout.mask_BR[rows].sum()      # of the minibatch's tokens: the mean is over all of them
+                (losses.total * share).backward()
+                figures.append(torch.stack([loss.detach() * share for loss in losses]))
             optimizer.step()
             policy.after_step(optimizer.param_groups[0]["lr"], cfg)
-    return dict(zip(("loss", "policy_loss", "value_loss", "approx_kl", "clipfrac", "vf_clipfrac", "ratio"), torch.stack(figures).mean(0).tolist()))
+    return dict(zip(("loss", "policy_loss", "value_loss", "approx_kl", "clipfrac", "vf_clipfrac", "ratio"), (torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)).tolist()))
 
 
 def rollout_figures(rollout: Rollout, scores_B: Tensor, returns_BR: Tensor, kl_coef: float, end_of_text: int) -> dict:
@@ -485,12 +492,29 @@ def rollout_figures(rollout: Rollout, scores_B: Tensor, returns_BR: Tensor, kl_c
     error = masked_mean((returns_BR - rollout.values_BR).square(), mask_BR)
     return {"score": scores_B.mean().item(), "score_std": scores_B.std().item(), "kl": rollout.mean_kl, "kl_coef": kl_coef,
             "entropy": masked_mean(rollout.entropy_BR, mask_BR).item(), "returns_mean": mean.item(), "returns_var": variance.item(),
-            "var_explained": (1 - error / variance).item(), "response_tokens": mask_BR.sum(1).float().mean().item(),
+            "var_explained": (1 - error / variance.clamp(min=1e-12)).item(), "response_tokens": mask_BR.sum(1).float().mean().item(),
             "ended": (rollout.tokens_BT[:, -mask_BR.shape[1]:] == end_of_text).any(1).float().mean().item()}
 
 
 @torch.no_grad()
-def score_in_batches(score_fn: Callable[[Tensor, Tensor], Tensor], tokens_BT: Tensor, mask_BT: Tensor, size: int) -> Tensor:
+def score(rollout: Rollout, score_fn: ScoreFn, standardize: "Standardize", critic: Critic, cfg: PPOConfig) -> None:
+    """Fill in the rollout's scores and the critic's values.
+
+    A score_fn that can tell the score of a response's beginnings, `score_fn.prefixes(tokens_BT, mask_BT, R) -> scores_BR`, gives the
+    critic most of what it needs: a reward model's score of half a response says much of its score in the end. Less noise in the
+    advantages is what a few thousand coefficients need most.
+    """
+    rollout.scores_B = standardize(score_in_batches(score_fn, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch))
+    rollout.prefix_scores_BR = torch.zeros_like(rollout.logprobs_BR)
+    if hasattr(score_fn, "prefixes"):
+        parts = [score_fn.prefixes(rollout.tokens_BT[rows], rollout.mask_BT[rows], cfg.response_tokens).float()
+                 for rows in slices(len(rollout.tokens_BT), cfg.micro_batch)]
+        rollout.prefix_scores_BR = standardize(torch.cat(parts))
+    rollout.values_BR = critic(rollout.prefix_scores_BR, rollout.trunk.ref_hidden_BRD)
+
+
+@torch.no_grad()
+def score_in_batches(score_fn: ScoreFn, tokens_BT: Tensor, mask_BT: Tensor, size: int) -> Tensor:
     """-> scores_B in float32."""
     return torch.cat([score_fn(tokens_BT[rows], mask_BT[rows]).float() for rows in slices(len(tokens_BT), size)])
 
@@ -509,8 +533,11 @@ class Standardize:
         scores_B = score_in_batches(score_fn, tokens_BT, mask_BT, cfg.micro_batch)
         return cls(scores_B.mean().item(), max(scores_B.std().item(), 1e-6))
 
-    def __call__(self, scores_B: Tensor) -> Tensor:
-        return (scores_B - self.mean) / self.std
+    def __call__(self, scores: Tensor) -> Tensor:
+        return (scores - self.mean) / self.std
+
+    def undo(self, scores: Tensor) -> Tensor:
+        return scores * self.std + self.mean
 
     def state_dict(self) -> dict:
         return {"mean": self.mean, "std": self.std}
@@ -554,7 +581,7 @@ class Evaluation:
     entropy          mean entropy of the policy's next-token distributions, nats a token
     """
 
-    def __init__(self, reference: Pythia, prompts: Prompts, score_fn: Callable[[Tensor, Tensor], Tensor], cfg: PPOConfig, seed: int):
+    def __init__(self, reference: Pythia, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfig, seed: int):
         self.prompts, self.score_fn, self.cfg, self.seed = prompts, score_fn, cfg, seed
         self.reference = self.samples(reference, None)
 
@@ -570,11 +597,11 @@ class Evaluation:
     def __call__(self, policy: Policy) -> Evaluated:
         """-> figures, samples and scores of the policy."""
         sampled = self.samples(policy.model, policy.edits)
-        parts = [observe(policy, None, sampled.tokens_BT[rows], sampled.mask_BT[rows], self.cfg)
+        parts = [observe(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], self.cfg)
                  for rows in slices(len(sampled.tokens_BT), self.cfg.micro_batch)]
         kl_B = torch.cat([part.kl_BR.sum(1) for part in parts])
         entropy_BR, mask_BR = (torch.cat([getattr(part, name) for part in parts]) for name in ("entropy_BR", "mask_BR"))
-        gain_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std()
+        gain_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std().clamp(min=1e-6)
         gain_std, gain_se = self.mean_and_error(gain_B / std)
         kl, kl_se = self.mean_and_error(kl_B)
         loss, loss_se = self.mean_and_error(-F.logsigmoid(gain_B))
@@ -583,10 +610,10 @@ class Evaluation:
             "score_gain_std": gain_std, "score_gain_std_se": gain_se, "reward_loss": loss, "reward_loss_se": loss_se,
             "kl": kl, "kl_se": kl_se, "entropy": masked_mean(entropy_BR, mask_BR).item()})
 
-    def gain_by(self, score_fn: Callable[[Tensor, Tensor], Tensor], sampled: Evaluated, name: str) -> dict:
+    def gain_by(self, score_fn: ScoreFn, sampled: Evaluated, name: str) -> dict:
         """-> the gain of the same samples by another score function, in its own standard deviations on the reference's samples."""
         before_B, after_B = (score_in_batches(score_fn, s.tokens_BT, s.mask_BT, self.cfg.micro_batch) for s in (self.reference, sampled))
-        gain, error = self.mean_and_error((after_B - before_B) / before_B.std())
+        gain, error = self.mean_and_error((after_B - before_B) / before_B.std().clamp(min=1e-6))
         return {f"{name}_gain_std": gain, f"{name}_gain_std_se": error}
 
     def mean_and_error(self, x_B: Tensor) -> tuple[float, float]:

@@ -13,6 +13,8 @@ References:
 """
 
 import gzip
+import hashlib
+import http.client
 import json
 import math
 import mmap
@@ -20,6 +22,9 @@ import os
 import re
 import struct
 import unicodedata
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +33,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 Edit = Callable[[Tensor, Tensor], Tensor]            # (mlp_BTD, neurons_BTM) -> change_BTD, see Pythia.forward
 Edits = dict[int, Edit]                              # layer -> edit
@@ -350,12 +356,18 @@ class Pythia(nn.Module):
 
         UserError where it is not found, is not GPT-NeoX, or a tensor is missing, unknown or misshapen.
         """
-        folder = find_model(name_or_folder, revision)
-        cfg = PythiaConfig.from_json(read_json(folder / "config.json"), folder / "config.json")
-        with torch.device("meta"):                   # no memory yet: the parameters are the loaded tensors themselves
+        files = CheckpointFiles(name_or_folder, revision)
+        config = files.need("config.json")
+        cfg = PythiaConfig.from_json(read_json(config), config)
+        with torch.device("meta"):                   # no memory yet: the loaded tensors become the parameters
             model = cls(cfg)
-        load_strictly(model, read_weights(folder), folder, dtype, device)
+        load_strictly(model, map(cls.rename, read_weights(files)), files, dtype, device)
         return model.requires_grad_(False).eval()
+
+    @staticmethod
+    def rename(shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        """-> a shard's tensors under this class's parameter names."""
+        return shard
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which transformers loads too."""
@@ -439,7 +451,7 @@ class Tokenizer:
     def from_pretrained(cls, name_or_folder: str | Path, revision: str = "main") -> "Tokenizer":
         """Load tokenizer.json of a model (by name or folder), or that file itself."""
         path = Path(name_or_folder)
-        path = path if path.is_file() else find_model(name_or_folder, revision) / "tokenizer.json"
+        path = path if os.path.isfile(path) else CheckpointFiles(name_or_folder, revision).need("tokenizer.json")
         return cls(read_json(path), path)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -576,12 +588,12 @@ def save_state(path: str | Path, state: dict) -> None:
     write_whole(path, lambda file: torch.save(state, file))
 
 
-def load_state(path: str | Path) -> dict:
-    """Read what `save_state` wrote; never runs code from the file."""
+def load_state(path: str | Path, mmap: bool = False) -> dict:
+    """Read what `save_state` (torch.save) wrote; never runs code from the file."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except Exception as error:                       # torch raises many kinds, all of which mean the same here
-        raise UserError(f"{path}: not a readable state ({type(error).__name__}); delete it to begin this stage anew") from None
+        raise UserError(f"{path}: not readable as tensors and numbers ({type(error).__name__}); delete it, or get it again") from None
 
 
 def read_json(path: str | Path) -> object:
@@ -612,20 +624,27 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
-def read_weights(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """-> the tensors of a checkpoint folder, one mapped shard after the other. An index, where there is one, is trusted over a
-    lone file beside it: repositories exist that hold one partial shard besides complete ones."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = read_json(index)
-        names = names.get("weight_map") if isinstance(names, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
-            raise UserError(f"{index}: has no weight_map of file names")
-        files = sorted(set(names.values()))
-    else:
-        files = ["model.safetensors"]
-    for name in files:
-        yield read_safetensors(folder / name)
+def read_weights(files: "CheckpointFiles") -> Iterator[dict[str, Tensor]]:
+    """-> the tensors of a checkpoint, one mapped shard after the other: safetensors, or where there is none, PyTorch's .bin files, whose
+    pickles may hold nothing but tensors. An index is trusted, a lone shard without one is not: repositories exist that hold a partial
+    safetensors shard beside complete .bin files."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = files.find(whole + ".index.json")
+        if index:
+            table = read_json(index)
+            table = table.get("weight_map") if isinstance(table, dict) else None
+            if not isinstance(table, dict) or not all(isinstance(n, str) and n == Path(n).name for n in table.values()):
+                raise UserError(f"{index}: has no weight_map of file names")
+            shards = sorted(set(table.values()))
+        elif files.find(whole):
+            shards = [whole]
+        else:
+            continue
+        for shard in shards:
+            path = files.need(shard)
+            yield read_safetensors(path) if whole.endswith("safetensors") else load_state(path, mmap=True)
+        return
+    raise UserError(f"{files}: has neither model.safetensors nor pytorch_model.bin, nor an index of their shards")
 
 
 def load_strictly(model: nn.Module, shards: Iterator[dict[str, Tensor]], source: object, dtype: torch.dtype | None,
@@ -660,11 +679,162 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
                 setattr(module, key, parameter)
 
 
-def find_model(name_or_folder: str | Path, revision: str = "main") -> Path:
-    """-> the folder of a model given as a folder, or by the name of an embedded one (`tiny`)."""
-    embedded = Path(__file__).parent / "assets" / name_or_folder
-    for folder in (Path(name_or_folder), embedded):
-        if os.path.isfile(folder / "config.json"):               # False, too, for names that no file can have
-            return folder
-    raise UserError(f"model {str(name_or_folder)!r} not found: neither a folder with a config.json nor an embedded model "
-                    f"({', '.join(sorted(p.parent.name for p in embedded.parent.glob('*/config.json'))) or 'none here'})")
+# ------------------------------------------------------------------------------------------------------------------ the hub
+
+class CheckpointFiles:
+    """The files of a checkpoint: in a folder, of an embedded model, or of a Hugging Face repository, fetched when asked for.
+
+    `tiny` is embedded; `pythia-70m` means EleutherAI/pythia-70m; `owner/name` is any repository, `revision` its branch, tag or commit.
+    """
+
+    def __init__(self, name_or_folder: str | Path, revision: str = "main"):
+        self.name, self.revision = str(name_or_folder), revision
+        assets = Path(__file__).parent / "assets"
+        self.folder = next((path for path in (Path(self.name), assets / self.name) if os.path.isdir(path)), None)
+        self.repo = f"EleutherAI/{self.name}" if self.name.startswith("pythia-") else self.name
+        if self.folder is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo, re.ASCII):
+            names = ", ".join(sorted(path.parent.name for path in assets.glob("*/config.json")))
+            raise UserError(f"model {self.name!r} not found: it is no folder, no embedded model ({names}), no pythia-SIZE and no OWNER/NAME")
+
+    def __str__(self) -> str:
+        return str(self.folder or f"{self.repo} ({self.revision})")
+
+    def find(self, name: str) -> Path | None:
+        """-> the path of a file, or None where the checkpoint has no such file."""
+        if self.folder is None:
+            return hub_file(self.repo, self.revision, name)
+        return path if os.path.isfile(path := self.folder / name) else None
+
+    def need(self, name: str) -> Path:
+        """-> the path of a file that must be there."""
+        path = self.find(name)
+        if path is None:
+            raise UserError(f"{self}: has no {name}")
+        return path
+
+
+def hub_file(repo: str, revision: str, name: str) -> Path | None:
+    """-> a file of a Hugging Face repository in the local cache, downloaded where it is not there; None: the repository lacks it.
+
+    The cache has the layout of huggingface_hub (refs/REVISION names a commit, snapshots/COMMIT/FILE links to blobs/ETAG), so that either
+    finds what the other fetched. HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured.
+    """
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    root = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{repo.replace('/', '--')}"
+    ref = root / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    if (path := root / "snapshots" / commit / name).is_file():
+        return path
+    if (root / ".no_exist" / commit / name).is_file():
+        return None
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UserError(f"{name} of {repo} ({revision}) is not at {path} and HF_HUB_OFFLINE is set: unset it, or fetch the file on a machine "
+                        f"with a network and copy {root}")
+    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repo}/resolve/{urllib.parse.quote(revision, safe='')}/{name}"
+    with hub_request(url, f"{name} of {repo} ({revision})", "HEAD") as response:
+        headers = response.headers
+    if response.status == 404:
+        if headers.get("X-Error-Code") != "EntryNotFound":
+            raise UserError(f"{repo} ({revision}) is not a repository of {url.split('/' + repo)[0]}, or needs a token (HF_TOKEN)")
+        commit = headers.get("X-Repo-Commit", "")
+        if re.fullmatch(r"[0-9a-f]{40}", commit):    # huggingface_hub marks an absent file so: no later call need ask again
+            marker = root / ".no_exist" / commit / name
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+            remember(ref, commit, revision)
+        return None
+    commit = headers.get("X-Repo-Commit", revision)
+    etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
+    size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or -1)
+    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not re.fullmatch(r"[\w-]{8,128}", etag) or size < 0:
+        raise UserError(f"{url}: the server announces no commit, etag and size; is HF_ENDPOINT a Hugging Face hub?")
+    blob, path = root / "blobs" / etag, root / "snapshots" / commit / name
+    if not blob.is_file():
+        download(url, f"{name} of {repo} ({revision})", blob, size, etag)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        path.unlink(missing_ok=True)                 # a link whose blob is gone
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    remember(ref, commit, revision)
+    return path
+
+
+def remember(ref: Path, commit: str, revision: str) -> None:
+    """Note which commit a branch or tag is."""
+    if commit != revision:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(ref, lambda file: file.write(commit.encode()))
+
+
+class SameHostRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects; the token goes with them only to the host it was meant for. A HEAD request stays on its host: the answer that
+    points elsewhere is the one whose headers tell commit, size and hash."""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        same_host = urllib.parse.urlsplit(url)[:2] == urllib.parse.urlsplit(request.full_url)[:2]
+        if request.get_method() == "HEAD" and not same_host:
+            return None
+        new = super().redirect_request(request, file, code, message, headers, url)
+        new.method = request.get_method()
+        for header in ("Authorization", "Range"):
+            value = request.unredirected_hdrs.get(header)
+            if value and (same_host or header == "Range"):
+                new.add_unredirected_header(header, value)
+        return new
+
+
+def hub_request(url: str, what: str, method: str = "GET", start: int = 0):
+    """-> the server's answer, 404 and redirects included; UserError where it cannot be reached or refuses."""
+    try:
+        request = urllib.request.Request(url, method=method)
+    except ValueError:
+        raise UserError(f"{what}: {url} is no address; HF_ENDPOINT must begin with https://") from None
+    if os.environ.get("HF_TOKEN"):
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    if start:
+        request.add_unredirected_header("Range", f"bytes={start}-")
+    try:
+        return urllib.request.build_opener(SameHostRedirects).open(request, timeout=30)
+    except urllib.error.HTTPError as answer:
+        if answer.code in (301, 302, 303, 307, 308, 404, 416):
+            return answer
+        raise UserError(f"{what}: {url} answered {answer.code} {answer.reason}"
+                        + ("; is HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else "")) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
+
+
+def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
+    """Fetch `size` bytes to `blob`, going on where an earlier attempt broke off; checked against size and hash, then renamed.
+
+    The etag is the sha256 of a large file and git's sha1 of a small one."""
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    part = blob.with_name(blob.name + ".incomplete")
+    part.touch()                                     # an empty file needs no request
+    for _ in range(5):                               # a cut connection is taken up again
+        have = part.stat().st_size if part.exists() else 0
+        if have >= size:
+            break
+        with hub_request(url, what, start=have) as response, open(part, "ab") as file:
+            if response.status not in (200, 206):
+                raise UserError(f"{what}: {url} answered {response.status} to the download")
+            if response.status == 200:               # the server ignores Range
+                file.truncate(0)
+                have = 0
+            with tqdm(total=size, initial=have, desc=what, unit="B", unit_scale=True) as bar:
+                try:
+                    while chunk := response.read(1 << 20):
+                        bar.update(file.write(chunk))
+                except (OSError, http.client.HTTPException):
+                    pass
+    have = part.stat().st_size
+    if have < size:
+        raise UserError(f"{what}: the connection broke off at {have} of {size} bytes; run again to go on from there")
+    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(f"blob {size}\0".encode())
+    with open(part, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if have != size or (len(etag) in (40, 64) and digest.hexdigest() != etag):
+        part.unlink()
+        raise UserError(f"{what}: what was downloaded has not the announced size and hash; it was removed, try again")
+    os.replace(part, blob)

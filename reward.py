@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, find_model, load_strictly, read_json, read_rows, read_weights,
-                    write_json, write_safetensors)
+from pythia import Pythia, PythiaConfig, Tokenizer, UserError, read_rows, write_json, write_safetensors
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 
@@ -28,7 +27,7 @@ ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> s
 class RewardConfig:
     """--stage reward"""
 
-    epochs: int = 4                      # passes over the pairs
+    epochs: int = 2                      # passes over the pairs
     batch_size: int = 32                 # pairs a step
     max_tokens: int = 256                # longest text, the leading end-of-text token included
     min_tokens: int = 24                 # label pairs are cut to a random length from here to max_tokens
@@ -40,6 +39,8 @@ class RewardConfig:
     def __post_init__(self):
         if self.half not in (0, 1, 2):
             raise UserError(f"--reward-half {self.half}: choose 0 (all), 1 or 2")
+        if self.epochs <= 0 or self.batch_size <= 0 or self.lr <= 0:
+            raise UserError("--reward-epochs, --reward-batch-size and --reward-lr must be positive")
         if not 2 <= self.min_tokens <= self.max_tokens:
             raise UserError("--reward-min-tokens must lie between 2 and --reward-max-tokens")
 
@@ -88,7 +89,9 @@ def pairs_from_labels(rows: list[dict], half: int, generator: torch.Generator) -
 
     half 1 and 2 are disjoint halves of the labelled rows (alternate ones of each label), 0 is all of them.
     """
-    texts = {label: [row["text"] for row in rows if row.get("label") == label] for label in (1, 0)}
+    texts = {label: [row.get("text") for row in rows if row.get("label") == label] for label in (1, 0)}
+    if not all(texts.values()) or not all(isinstance(text, str) for kept in texts.values() for text in kept):
+        raise UserError('labelled texts need rows {"text": …, "label": 1} and {"text": …, "label": 0}, some of each')
     if half:
         texts = {label: kept[half - 1::2] for label, kept in texts.items()}
     number = min(map(len, texts.values()))
@@ -129,10 +132,20 @@ class RewardModel(Pythia):
         T = mask_BT.shape[1]
         last_B = T - 1 - mask_BT.flip(1).long().argmax(1)
         hidden_BD = hidden_BTD[torch.arange(len(tokens_BT), device=self.device), last_B]
-        return self.head(hidden_BD.to(self.head.weight.dtype)).squeeze(-1).float()
+        return self.head_scores(hidden_BD)
+
+    def head_scores(self, hidden: Tensor) -> Tensor:
+        """hidden (…, D) -> scores (…). By hand and in float32: under autocast a Linear would round scores to bfloat16, too coarse for
+        their differences."""
+        return (hidden.float() * self.head.weight.float()[0]).sum(-1) + self.head.bias.float()
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         return self.score(tokens_BT, mask_BT)
+
+    def prefixes(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Tensor:
+        """-> scores_BR of the text before each of the last R tokens, all from one pass: causal attention makes each position's
+        hidden state that of the text up to it."""
+        return self.head_scores(self.hidden(tokens_BT, mask_BT)[:, -R - 1:-1])
 
     @classmethod
     def from_backbone(cls, model: Pythia, generator: torch.Generator) -> "RewardModel":
@@ -149,15 +162,13 @@ class RewardModel(Pythia):
         reward.head.bias.requires_grad_(False)       # preferences see differences of scores only
         return reward
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> "RewardModel":
-        """Load a reward model's folder, frozen and in eval mode; UserError where it is not one."""
-        folder = find_model(folder)
-        cfg = PythiaConfig.from_json(read_json(folder / "config.json"), folder / "config.json")
-        with torch.device("meta"):
-            model = cls(cfg)
-        load_strictly(model, map(rename_head, read_weights(folder)), folder, dtype, device)
-        return model.requires_grad_(False).eval()
+    @staticmethod
+    def rename(shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give the scalar head of a sequence classifier our name, and the bias that it lacks."""
+        if "score.weight" in shard:
+            weight = shard.pop("score.weight")
+            shard |= {"head.weight": weight, "head.bias": torch.zeros(1, dtype=weight.dtype)}
+        return shard
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors of a GPTNeoXForSequenceClassification."""
@@ -170,14 +181,6 @@ class RewardModel(Pythia):
         write_json(folder / "config.json", self.cfg.to_json(self.dtype) | {
             "architectures": ["GPTNeoXForSequenceClassification"], "num_labels": 1, "pad_token_id": 1,
             "id2label": {"0": "score"}, "label2id": {"score": 0}})
-
-
-def rename_head(shard: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the scalar head of a sequence classifier our name, and the bias that it lacks."""
-    if "score.weight" in shard:
-        weight = shard.pop("score.weight")
-        shard |= {"head.weight": weight, "head.bias": torch.zeros(1, dtype=weight.dtype)}
-    return shard
 
 
 def preference_loss(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
@@ -265,9 +268,13 @@ class TextReward:
     def __init__(self, function: Callable[[list[str]], list[float]], tokenizer: Tokenizer):
         self.function, self.tokenizer = function, tokenizer
 
+    def prefixes(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Tensor:
+        """-> scores_BR of the text before each of the last R tokens."""
+        T = tokens_BT.shape[1]
+        return torch.stack([self(tokens_BT[:, :t], mask_BT[:, :t]) for t in range(T - R, T)], dim=1)
+
     def __call__(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        special = {self.tokenizer.end_of_text}
-        texts = [self.tokenizer.decode([i for i in row[keep].tolist() if i not in special])
+        texts = [self.tokenizer.decode([i for i in row[keep].tolist() if i != self.tokenizer.end_of_text])
                  for row, keep in zip(tokens_BT.cpu(), mask_BT.bool().cpu())]
         return torch.tensor(self.function(texts), dtype=torch.float32, device=tokens_BT.device)
 
@@ -288,5 +295,4 @@ def load_reward(name: str, tokenizer: Tokenizer, dtype: torch.dtype | None = Non
     """-> the score_fn of `--reward`: a reward model's folder or name, or `avoid:FILE`."""
     if name.startswith("avoid:"):
         return TextReward(avoid_words(name.removeprefix("avoid:")), tokenizer)
-    model = RewardModel.from_pretrained(name, dtype=dtype, device=device)
-    return model.score
+    return RewardModel.from_pretrained(name, dtype=dtype, device=device)

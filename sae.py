@@ -26,30 +26,34 @@ class SAEConfig:
 
     num_features: int = 2048             # F; 8 × hidden size, as in the proposal
     objective: str = "l1"                # a name in OBJECTIVES
-    l0: float = 30.0                     # features active a token to aim at; 0: leave l1_coef as it is
+    l0: float = 31.0                     # features active a token to aim at; 0: leave l1_coef as it is
     l1_coef: float = 1.0                 # weight of the sparsity penalty, beside squares summed over D, where E‖x‖² = D
-    l0_rate: float = 0.02                # most that log l1_coef moves a step to reach the target
-    tokens: int = 2_600_000              # rows trained on in all
-    batch_size: int = 2048               # rows a step
+    l0_rate: float = 0.01                # most that log l1_coef moves a step to reach the target
+    tokens: int = 1_800_000              # rows trained on in all
+    batch_size: int = 512                # rows a step
     lr: float = 2e-3                     # Adam, betas 0.9 and 0.999
     lr_warmup: float = 0.02              # share of the steps over which lr rises from 0
     lr_decay: float = 0.3                # share of the steps, at the end, over which lr falls to 0 (Anthropic, April 2024: 0.2)
     l1_warmup: float = 0.05              # share of the steps over which l1_coef rises from 0 (April 2024: 0.05)
     resample_at: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5)     # moments, as shares of the steps (paper: 25k, 50k, 75k, 100k)
     dead_window: float = 0.0625          # silent over this share of the steps is dead (paper: half of the time between moments)
+    refit: bool = True                   # at the end, solve for the decoder once more by least squares, against L1's shrinkage
+    refit_rows: int = 65_536             # rows for that
     resample_rows: int = 8192            # inputs whose loss is looked at for new directions (paper: 819,200)
     buffer_rows: int = 262_144           # rows shuffled together, in the model's dtype
-    text_tokens: int = 400_000           # tokens sampled from the model to train on, where there is no --corpus
-    eval_tokens: int = 65_536            # held-out tokens for the final figures
+    text_tokens: int = 262_144           # tokens sampled from the model to train on, where there is no --corpus
+    eval_tokens: int = 32_768            # held-out tokens for the final figures
     context: int = 0                     # tokens a window; 0: 256, or less where the model has less; 128 for models above 1 B
     checkpoint_seconds: float = 120.0    # between resumable states
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise UserError(f"--sae-objective {self.objective}: choose from {', '.join(OBJECTIVES)}")
-        for name in ("num_features", "batch_size", "tokens", "buffer_rows", "eval_tokens", "resample_rows"):
+        for name in ("num_features", "batch_size", "tokens", "buffer_rows", "eval_tokens", "resample_rows", "text_tokens", "lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--sae-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.context < 0 or self.context == 1:
+            raise UserError(f"--sae-context {self.context}: a window needs at least 2 tokens (0: the model's default)")
         if self.buffer_rows < 2 * self.batch_size:
             raise UserError(f"--sae-buffer-rows {self.buffer_rows} must hold at least two batches of {self.batch_size}")
 
@@ -66,7 +70,8 @@ class SAE(nn.Module):
         super().__init__()
         W_dec_FD = F.normalize(torch.randn(num_features, d_in, generator=generator), dim=-1)
         self.W_dec_FD = nn.Parameter(W_dec_FD)
-        self.W_enc_DF = nn.Parameter(W_dec_FD.T.contiguous())      # the transpose to begin with, then untied
+        # The transpose to begin with (untied from then on), small enough that F/2 active features do not overshoot the input.
+        self.W_enc_DF = nn.Parameter(W_dec_FD.T * (2 * d_in / num_features))
         self.b_enc_F = nn.Parameter(torch.zeros(num_features))
         self.b_dec_D = nn.Parameter(torch.zeros(d_in))
 
@@ -155,22 +160,21 @@ class ActivationBuffer:
         self.model, self.layer, self.tokens_BT, self.generator = model, layer, tokens_BT, generator
         self.order_B = torch.randperm(len(tokens_BT), generator=generator)
         self.next_window = 0
-        rows_a_window = tokens_BT.shape[1] - 1
-        self.holds_all = tokens_BT.shape[0] * rows_a_window <= cfg.buffer_rows
-        windows = len(tokens_BT) if self.holds_all else cfg.buffer_rows // rows_a_window
-        self.rows_ND = self.compute(windows)
+        rows_of_text = tokens_BT.shape[0] * (tokens_BT.shape[1] - 1)
+        self.holds_all = rows_of_text <= cfg.buffer_rows
+        self.rows_ND = self.compute(min(rows_of_text, cfg.buffer_rows))
         self.shuffle()
 
-    def compute(self, windows: int) -> Tensor:
-        """-> rows_ND of the next `windows` windows, in a new order each time the text has been through."""
-        chunks = []
-        while windows > 0:
+    def compute(self, rows: int) -> Tensor:
+        """-> `rows` rows of the next windows, which come in a new order each time the text has been through."""
+        chunks, missing = [], rows
+        while missing > 0:
             if self.next_window == len(self.order_B):
                 self.order_B, self.next_window = torch.randperm(len(self.order_B), generator=self.generator), 0
-            chosen_B = self.order_B[self.next_window:self.next_window + min(windows, 16)]
-            chunks.append(mlp_rows(self.model, self.layer, self.tokens_BT[chosen_B]))
+            chosen_B = self.order_B[self.next_window:self.next_window + min(16, -(-missing // (self.tokens_BT.shape[1] - 1)))]
+            chunks.append(mlp_rows(self.model, self.layer, self.tokens_BT[chosen_B])[:missing])
             self.next_window += len(chosen_B)
-            windows -= len(chosen_B)
+            missing -= len(chunks[-1])
         return torch.cat(chunks)
 
     def shuffle(self) -> None:
@@ -178,13 +182,11 @@ class ActivationBuffer:
         self.drawn = 0
 
     def draw(self, rows: int) -> Tensor:
-        """-> the next `rows` rows, (rows, D)."""
+        """-> the next `rows` rows, (rows, D); at most half of the buffer."""
         limit = len(self.rows_ND) if self.holds_all else len(self.rows_ND) // 2
         if self.drawn + rows > limit:
-            if not self.holds_all:
-                windows = self.drawn // (self.tokens_BT.shape[1] - 1)
-                new_ND = self.compute(windows)
-                self.rows_ND[self.shuffled_N[:len(new_ND)]] = new_ND
+            if self.drawn and not self.holds_all:
+                self.rows_ND[self.shuffled_N[:self.drawn]] = self.compute(self.drawn)
             self.shuffle()
         chosen_N = self.shuffled_N[self.drawn:self.drawn + rows]
         self.drawn += rows
@@ -317,6 +319,29 @@ def resample_dead(sae: SAE, optimizer: torch.optim.Adam, dead_F: Tensor, x_ND: T
                 optimizer.state[parameter][moment][entries] = 0
 
 
+@torch.no_grad()
+def refit_decoder(sae: SAE, x_ND: Tensor, ridge: float = 1e-3) -> None:
+    """Undo the shrinkage of L1: with the features as they are, solve for the decoder and b_dec that reconstruct x_ND best.
+
+    L1 teaches the encoder which features are active, and makes them too small. Least squares puts the size right (compare Wright and
+    Sharkey 2024, who fine-tune): which features fire stays the same, and so does L0; rows keep norm 1, their scale goes into the encoder.
+    """
+    rows, gram, moment = len(x_ND), 0.0, 0.0
+    for chunk_ND in x_ND.split(8192):
+        features_NF = F.pad(sae.encode(chunk_ND.float()), (0, 1), value=1.0)          # the last column is the constant: b_dec
+        gram, moment = gram + features_NF.T @ features_NF / rows, moment + features_NF.T @ chunk_ND.float() / rows
+    # The ridge pulls towards the old decoder, so that a feature that hardly fires stays as it is.
+    old = torch.cat([sae.W_dec_FD, sae.b_dec_D[None]])
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    W_dec_FD, b_dec_D = torch.linalg.solve(gram + penalty, moment + penalty @ old).split([sae.num_features, 1])
+    norm_F = W_dec_FD.norm(dim=-1)
+    sae.b_enc_F += (b_dec_D[0] - sae.b_dec_D) @ sae.W_enc_DF                          # the encoder sees what it saw before
+    sae.b_dec_D.copy_(b_dec_D[0])
+    sae.W_dec_FD.copy_(W_dec_FD / norm_F[:, None])
+    sae.W_enc_DF *= norm_F
+    sae.b_enc_F *= norm_F
+
+
 def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run, generator: torch.Generator) -> SAE:
     """Train an SAE on the MLP output of `layer` over windows of text -> the SAE in the model's own units.
 
@@ -340,7 +365,10 @@ def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run,
             run.log(step=step, **figures)
             bar.set_postfix(fvu=f"{figures['fvu']:.3f}", l0=f"{figures['l0']:.1f}", dead=f"{figures['dead']:.3f}")
         run.checkpoint(step + 1, cfg.checkpoint_seconds, trainer=trainer, buffer=buffer, generator=generator)
-    return trainer.sae.unscaled(trainer.scale).requires_grad_(False).to(model.device)
+    sae = trainer.sae.unscaled(trainer.scale).requires_grad_(False).to(model.device)
+    if cfg.refit:
+        refit_decoder(sae, buffer.rows_ND[buffer.shuffled_N[:cfg.refit_rows].to(model.device)])
+    return sae
 
 
 # --------------------------------------------------------------------------------------------------------------- evaluation

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -21,7 +22,7 @@ import interpret
 import ppo
 import reward
 import sae
-from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, find_model, load_state, read_json, read_rows, read_safetensors,
+from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, load_state, read_json, read_rows, read_safetensors,
                     save_state, write_json, write_safetensors, write_whole)
 
 
@@ -215,8 +216,8 @@ def load_model(args: argparse.Namespace) -> tuple[Pythia, Tokenizer, int]:
 
 
 def model_name(args: argparse.Namespace) -> str:
-    """-> a name for SAE files to remember: `tiny` for assets/tiny, too."""
-    return find_model(args.model).resolve().name
+    """-> a name for SAE files to remember: `tiny` for assets/tiny, too; the hub's names as they are."""
+    return os.path.basename(os.path.abspath(args.model)) if os.path.isdir(args.model) else args.model
 
 
 def load_trained_sae(args: argparse.Namespace, model: Pythia, layer: int) -> sae.SAE:
@@ -400,7 +401,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-FIELD_TYPES = {tuple[float, ...]: lambda text: tuple(float(part) for part in text.split(",") if part)}
+FIELD_TYPES = {bool: lambda text: bool(("no", "yes").index(text)),
+               tuple[float, ...]: lambda text: tuple(float(part) for part in text.split(",") if part)}
 
 
 def choose_device(args: argparse.Namespace) -> None:

@@ -229,14 +229,19 @@ def test_save_and_load_again_bit_for_bit(name, tmp_path):
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    for load in (Pythia.from_pretrained, Tokenizer.from_pretrained):
-        assert "'pythia-0b'" in complaint(load, "pythia-0b")
+    for load, name in (Pythia.from_pretrained, "config.json"), (Tokenizer.from_pretrained, "tokenizer.json"):
+        assert complaint(load, "no-such-model").startswith("model 'no-such-model' not found") and "tiny" in complaint(load, "a/b/c")
+        assert complaint(load, "pythia-0b").startswith(f"{name} of EleutherAI/pythia-0b (main)") and "HF_HUB_OFFLINE" in complaint(load, "x/y")
+        assert f"{tmp_path}: has no {name}" == complaint(load, tmp_path)
     write_json(tmp_path / "config.json", CONFIG.to_json(torch.float32))
-    assert "tokenizer.json: no such file" in complaint(Tokenizer.from_pretrained, tmp_path)
-    assert "model.safetensors: no such file" in complaint(Pythia.from_pretrained, tmp_path)
-    for names, word in ({"a": "shard"}, "shard: no such file"), ({"a": "../b"}, "index.json"), ([], "index.json"):
-        write_json(tmp_path / "model.safetensors.index.json", {"weight_map": names})
-        assert word in complaint(Pythia.from_pretrained, tmp_path)
+    assert f"{tmp_path}: has neither model.safetensors nor pytorch_model.bin" in complaint(Pythia.from_pretrained, tmp_path)
+    for file in "model.safetensors.index.json", "pytorch_model.bin.index.json":
+        for names, word in ({"a": "shard"}, f"{tmp_path}: has no shard"), ({"a": "../b"}, file), ({"a": 3}, file), ([], file):
+            write_json(tmp_path / file, {"weight_map": names})
+            assert word in complaint(Pythia.from_pretrained, tmp_path)
+        write_json(tmp_path / file, [])
+        assert file in complaint(Pythia.from_pretrained, tmp_path)
+        (tmp_path / file).unlink()
 
 
 def test_config_reads_old_and_new_field_names():

@@ -1,0 +1,242 @@
+"""reward.py: pooling, the loss, files of preference pairs, training on a planted rule, functions of text as reward."""
+
+import gzip
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
+from pythia import Pythia, pad_left, read_safetensors
+from reward import (Preference, RewardConfig, RewardModel, TextReward, avoid_words, cut_pairs, cut_randomly, encode_pairs,
+                    evaluate_reward, keep_end, load_preferences, load_reward, pad_right, pairs_from_labels, preference_loss,
+                    train_reward, window)
+from train import Run
+
+CPU = torch.device("cpu")
+BEGINNING = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_reward(**changes) -> RewardModel:
+    return RewardModel.from_backbone(random_model(**changes), seeded()).requires_grad_(False)
+
+
+def write_rows(path, rows) -> str:
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+def planted_pairs(number: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    """Pairs of ids of different length; only the chosen ones hold a 7, one."""
+    generator, pairs = np.random.default_rng(seed), []
+    for _ in range(number):
+        chosen, rejected = ([0, *generator.integers(8, 64, generator.integers(5, 15)).tolist(), 0] for _ in range(2))
+        chosen[generator.integers(1, len(chosen) - 1)] = 7
+        pairs.append((chosen, rejected))
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------------------------ reward model
+
+def test_score_reads_the_last_real_token_whatever_the_padding():
+    model, rows = random_reward(), [random_tokens(length, seed=length).tolist() + [0] for length in (4, 9, 1, 7)]
+    want = torch.stack([model.head(model.hidden(torch.tensor([row]))[0, -1])[0] for row in rows])
+    assert want.std() > 0.1
+    for padding_id in (0, 1, 63):                                # 0 is end-of-text, which ends every row, too
+        left, (tokens_BT, mask_BT) = pad_left(rows, padding_id), pad_right(rows, CPU)
+        right = torch.where(mask_BT == 1, tokens_BT, padding_id), mask_BT
+        assert right[0][0].tolist() == rows[0] + [padding_id] * 5
+        for tokens_BT, mask_BT in (left, right):
+            for mask in (mask_BT, mask_BT.bool()):
+                scores_B = model.score(tokens_BT, mask)
+                torch.testing.assert_close(scores_B, want, atol=1e-5, rtol=0)
+                assert torch.equal(model(tokens_BT, mask), scores_B)
+
+
+def test_scores_stay_float32_in_mixed_precision():
+    """The training loop promises so: scores of bfloat16's 8 bits would tie, and round the difference that is the loss."""
+    with torch.autocast("cpu", torch.bfloat16):
+        scores_B = random_reward().score(random_tokens(8, 6), torch.ones(8, 6))
+    assert scores_B.dtype == torch.float32 and not torch.equal(scores_B, scores_B.bfloat16().float())
+
+
+def test_prefixes_are_the_scores_of_the_truncated_texts():
+    model, (tokens_BT, mask_BT) = random_reward(), pad_left([random_tokens(n, seed=n).tolist() for n in (13, 8, 9, 12)], 0)
+    mask_BT[1:, -2:] = mask_BT[2, -4:] = 0                       # these responses ended before
+    scores_BR, R, T = model.prefixes(tokens_BT, mask_BT, 6), 6, 13
+    want_BR = torch.stack([model.score(tokens_BT[:, :t], mask_BT[:, :t]) for t in range(T - R, T)], dim=1)
+    alone = [[model.score(tokens_BT[b:b + 1, T - n:t], mask_BT[b:b + 1, T - n:t]).item() for t in range(T - R, T)]
+             for b, n in enumerate((13, 8, 9, 12))]
+    counts = mask_BT[:, -R:] == 1
+    torch.testing.assert_close(scores_BR[counts], want_BR[counts], atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores_BR[counts], torch.tensor(alone)[counts], atol=1e-5, rtol=0)
+    assert scores_BR.dtype == torch.float32 and scores_BR.isfinite().all() and want_BR.std(1).min() > 0.1
+
+
+def test_preference_loss_equals_numpy():
+    chosen, rejected = np.random.default_rng(0).normal(size=(2, 20)) * 3
+    want = np.mean([-np.log(1 / (1 + np.exp(-(c - r)))) for c, r in zip(chosen, rejected)])
+    got = preference_loss(torch.from_numpy(chosen), torch.from_numpy(rejected))
+    assert got.item() == pytest.approx(want, abs=1e-9)
+    assert preference_loss(torch.tensor([-500.0]), torch.tensor([500.0])).item() == 1000       # no overflow
+
+
+def test_from_backbone_starts_the_head_as_ziegler():
+    model = random_model(hidden_size=2048, num_layers=1)
+    reward = RewardModel.from_backbone(model, seeded())
+    assert reward.head.weight.std().item() * 2049 ** 0.5 == pytest.approx(1, abs=0.05) and reward.head.bias.item() == 0
+    assert [name for name, p in reward.named_parameters() if not p.requires_grad] == ["head.bias"]
+    assert torch.equal(reward.hidden(random_tokens(2, 5)), model.hidden(random_tokens(2, 5))) and not hasattr(reward, "embed_out")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_files_round_trip(tmp_path, tied):
+    model, (tokens_BT, mask_BT) = random_reward(tie_embeddings=tied), pad_left([[0, 5, 6], [0, 9, 8, 7, 6]], 0)
+    model.save_pretrained(tmp_path)
+    weights, config = read_safetensors(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    assert weights["score.weight"].shape == (1, 32) and not [name for name in weights if name.startswith(("head", "embed_out"))]
+    assert config["architectures"] == ["GPTNeoXForSequenceClassification"] and config["num_labels"] == 1
+    back = RewardModel.from_pretrained(tmp_path)
+    assert torch.equal(back.score(tokens_BT, mask_BT), model.score(tokens_BT, mask_BT))
+    assert torch.equal(load_reward(str(tmp_path), None)(tokens_BT, mask_BT), model.score(tokens_BT, mask_BT))
+    assert not any(p.requires_grad for p in back.parameters())
+
+
+def test_a_language_model_is_no_reward_model(tmp_path):
+    random_model().save_pretrained(tmp_path / "lm")
+    assert "head.weight" in complaint(RewardModel.from_pretrained, tmp_path / "lm")
+    random_reward().save_pretrained(tmp_path / "reward")
+    assert "embed_out.weight" in complaint(Pythia.from_pretrained, tmp_path / "reward")
+    assert "not found" in complaint(load_reward, str(tmp_path / "none"), Characters())
+
+
+# ------------------------------------------------------------------------------------------------------------------- pairs
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+def test_preferences_are_read_in_both_forms(tmp_path, name):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": BEGINNING + " good", "rejected": BEGINNING + " bad"},
+            {"chosen": BEGINNING + " good", "rejected": "\n\nHuman: other\n\nAssistant: bad"}, "",
+            {"chosen": BEGINNING + " good", "rejected": BEGINNING + " "}, {"prompt": "a", "chosen": "", "rejected": "c"}]
+    pairs, dropped = load_preferences(write_rows(tmp_path / name, rows))
+    assert pairs == [Preference("a", "b", "c"), Preference(BEGINNING, " good", " bad")] and dropped == 3
+    assert encode_pairs(pairs[:1], Characters()) == [([0, ord("a"), ord("b"), 0], [0, ord("a"), ord("c"), 0])]
+
+
+@pytest.mark.parametrize("bad, named", [
+    ({"chosen": "a"}, "row 2"), ({"chosen": "a", "rejected": 3}, "row 2"), ({"chosen": None, "rejected": "a"}, "row 2"),
+    ({"prompt": ["a"], "chosen": "a", "rejected": "b"}, "row 2"), ({"prompt": None, "chosen": "a", "rejected": "b"}, "row 2"),
+    ([1], "line 2"), ("{", "line 2")])
+def test_malformed_preferences_are_named(tmp_path, bad, named):
+    path = write_rows(tmp_path / "pairs.jsonl", [{"chosen": "a", "rejected": "b"}, bad])
+    assert path in complaint(load_preferences, path) and named in complaint(load_preferences, path)
+
+
+def test_preference_files_without_a_pair_are_refused(tmp_path):
+    assert "no usable" in complaint(load_preferences, write_rows(tmp_path / "empty.jsonl", []))
+    assert "no usable" in complaint(load_preferences, write_rows(tmp_path / "x.jsonl", [{"chosen": " ", "rejected": "b"}]))
+    assert "no such file" in complaint(load_preferences, tmp_path / "none.jsonl")
+
+
+def test_pairs_from_labels_use_each_text_once_in_disjoint_halves():
+    rows = [{"text": f"{label}-{i}", "label": label} for i in range(10) for label in (0, 1, None)] + [{"text": "1-x", "label": 1}]
+    pairs = {half: pairs_from_labels(rows, half, seeded()) for half in (0, 1, 2)}
+    assert [len(pairs[half]) for half in (0, 1, 2)] == [10, 5, 5]
+    texts = {half: [text for pair in some for text in pair[1:]] for half, some in pairs.items()}
+    assert all(max(Counter(some).values()) == 1 for some in texts.values()) and not set(texts[1]) & set(texts[2])
+    assert {(pair.prompt, pair.chosen[0], pair.rejected[0]) for some in pairs.values() for pair in some} == {("", "1", "0")}
+    assert pairs_from_labels(rows, 1, seeded(1)) != pairs[1]
+
+
+def test_labelled_rows_without_a_text_are_refused():
+    for row in ({"label": 1}, {"label": 1, "text": None}):
+        assert "text" in complaint(pairs_from_labels, [{"label": 0, "text": "a"}, row], 0, seeded())
+
+
+def test_windows_and_cuts():
+    ids = [0, *range(1, 10)]
+    assert window(ids, 4) == [0, 1, 2, 3] and window(ids, 4, 0.999) == [0, 7, 8, 9]
+    assert window(ids, 99, 0.9) == window(ids, 10, 0.9) == ids
+    assert {window(ids, 4, place / 70)[1] for place in range(70)} == set(range(1, 8))
+    assert keep_end(ids, 4) == [0, 7, 8, 9] and keep_end(ids, 10) == keep_end(ids, 99) == ids and keep_end(ids, 2) == [0, 9]
+    assert cut_pairs([(ids, ids[:3])], 5) == [(ids[:5], ids[:3])]
+    cfg, generator, lengths, starts = RewardConfig(min_tokens=3, max_tokens=48), seeded(), [], []
+    for _ in range(200):
+        (one, other), (short, _) = cut_randomly([(list(range(100)), list(range(100))), (ids, ids)], cfg, generator)
+        assert len(one) == len(other) and len(short) == min(len(one), 10) and one[0] == other[0] == 0
+        lengths.append(len(one))
+        starts.append((one[1], other[1]))
+        assert one[1:] == list(range(one[1], one[1] + len(one) - 1))
+    assert min(lengths) >= 3 and max(lengths) <= 48 and abs(np.median(lengths) - 12) <= 3      # √(3 · 48): log-uniform
+    assert 70 < starts.count((1, 1)) < 130 and len(set(starts)) > 60
+
+
+@pytest.mark.parametrize("field, value", [("half", 3), ("min_tokens", 1), ("min_tokens", 300), ("batch_size", 0), ("epochs", 0)])
+def test_config_refuses(field, value):
+    assert f"--reward-{field.replace('_', '-')}" in complaint(RewardConfig, **{field: value})
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+def test_training_learns_a_planted_rule(tmp_path):
+    backbone, heldout = Pythia(random_model().cfg).initialize(seeded()), planted_pairs(200, seed=1)
+    model = RewardModel.from_backbone(backbone, seeded())
+    before, run = evaluate_reward(model, heldout), Run(tmp_path / "x", {}, resume=False)
+    train_reward(model, planted_pairs(320, seed=0), RewardConfig(epochs=6, batch_size=16, lr=3e-3), run, seeded())
+    after = evaluate_reward(model, heldout, batch_size=33)
+    differences = [(model.score(*pad_right([c], CPU)) - model.score(*pad_right([r], CPU))).item() for c, r in heldout]
+    want = {"loss": np.log1p(np.exp(-np.array(differences))).mean(), "accuracy": np.mean(np.array(differences) > 0)}
+    assert after == pytest.approx(want, abs=1e-4) and after["accuracy"] > 0.9 > 0.7 > before["accuracy"] and after["loss"] < 0.3
+    assert model.head.bias.item() == 0 and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("random_cut", [False, True])
+def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, random_cut):
+    cfg = RewardConfig(epochs=3, batch_size=8, min_tokens=4, max_tokens=10, checkpoint_seconds=0)      # 12 steps
+
+    def train(run):
+        generator = seeded()
+        model = RewardModel.from_backbone(random_model(), generator)
+        return train_reward(model, planted_pairs(32, seed=0), cfg, run, generator, random_cut).state_dict()
+
+    run = Run(tmp_path / "a", {}, resume=False)
+    state, (resumed, other) = train(run), killed_and_resumed(tmp_path / "b", 5, train)
+    assert all(map(torch.equal, state.values(), resumed.values())) and run.rows() == other.rows()
+    assert [row["step"] for row in run.rows()] == [0, 10, 11]
+
+
+def test_too_few_pairs_are_refused(tmp_path):
+    model, run = RewardModel.from_backbone(random_model(), seeded()), Run(tmp_path / "x", {}, resume=False)
+    assert "3 preference pairs" in complaint(train_reward, model, planted_pairs(3, seed=0), RewardConfig(epochs=1), run, seeded())
+
+
+# ------------------------------------------------------------------------------------------------- functions of text as reward
+
+def test_avoid_words_counts_whole_words_in_any_case(tmp_path):
+    (tmp_path / "words").write_text("bad\nAwful\n\na.b\nné\n")
+    texts = ["", "bad", "Bad, BAD and awful.", "badly embad awfulness", "a.b axb", "NÉ née", "bad-bad"]
+    assert avoid_words(tmp_path / "words")(texts) == [0, -1, -3, 0, -1, -1, -2]
+    (tmp_path / "empty").write_text(" \n")
+    assert "no word" in complaint(avoid_words, tmp_path / "empty")
+    assert "not readable" in complaint(avoid_words, tmp_path / "none")
+
+
+def test_text_reward_reads_the_masked_tokens_only(tmp_path):
+    seen, rows = [], [[0, *b"x bad"], [0, *b"bad bad", 0]]
+    tokens_BT, mask_BT = pad_left(rows, ord("!"))
+    mask_BT[1, -3:] = 0                                          # "bad b", the response ended there
+    scores_B = TextReward(lambda texts: seen.extend(texts) or [len(text) for text in texts], Characters())(tokens_BT, mask_BT)
+    assert seen == ["x bad", "bad b"] and scores_B.tolist() == [5, 5] and scores_B.dtype == torch.float32
+    seen.clear()
+    function = TextReward(lambda texts: seen.extend(texts) or [len(text) for text in texts], Characters())
+    prefixes_BR = function.prefixes(tokens_BT, mask_BT, 4)
+    want = [[function(tokens_BT[b:b + 1, :t], mask_BT[b:b + 1, :t]).item() for t in range(5, 9)] for b in range(2)]
+    assert seen[:8] == ["x", "bad ", "x ", "bad b", "x b", "bad b", "x ba", "bad b"] and prefixes_BR.tolist() == want
+    (tmp_path / "words").write_text("bad")
+    assert load_reward(f"avoid:{tmp_path / 'words'}", Characters())(tokens_BT, mask_BT).tolist() == [-1, -1]

@@ -1,0 +1,165 @@
+"""The command line: the whole path on the embedded model, shortened, and misuse."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from pythia import Pythia, PythiaConfig, Tokenizer, read_json, read_safetensors
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--sae-text-tokens", "4000", "--sae-eval-tokens", "1024", "--sae-context", "32", "--sae-tokens", "12000", "--sae-batch-size", "256",
+         "--sae-num-features", "128", "--sae-resample-rows", "256", "--rlhf-iterations", "3", "--rlhf-episodes", "16", "--rlhf-eval-every",
+         "1", "--rlhf-eval-samples", "1", "--rlhf-response-tokens", "5", "--interpret-features", "8"]
+
+
+def run(*options: str, out: Path) -> int:
+    return train.main([*SHORT, "--out", str(out), *options])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """One whole short run: sae, rlhf, interpret."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run(out=out) == 0
+    return out
+
+
+def test_every_stage_writes_its_files(whole):
+    for folder in ("sae", "rlhf-coef"):
+        assert {"config.json", "metrics.json", "metrics.jsonl", "curves.png"} <= {p.name for p in (whole / folder).iterdir()}
+    assert (whole / "report" / "report.json").exists()
+    sae, rlhf = read_json(whole / "sae" / "metrics.json"), read_json(whole / "rlhf-coef" / "metrics.json")
+    assert set("mse fvu l0 l1 dead_fraction shrinkage ce_base ce_sae ce_zero ce_mean ce_recovered seconds".split()) <= set(sae)
+    assert set("score_ref score_policy score_gain_std reward_loss kl entropy n_changed trainable_parameters seconds seconds_per_iteration "
+               "peak_memory_gib gold_gain_std".split()) <= set(rlhf)
+    assert rlhf["trainable_parameters"] == 128 and 0 < rlhf["n_changed"] <= 128 and rlhf["kl"] > 0
+    lines = [json.loads(line) for line in (whole / "rlhf-coef" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2] and "eval_score_gain_std" in lines[0]
+
+
+def test_report_is_one_self_contained_page(whole):
+    page = (whole / "report" / "index.html").read_text()
+    report = read_json(whole / "report" / "report.json")
+    coef_F = read_safetensors(whole / "rlhf-coef" / "policy.safetensors")["2.coef_F"]
+    moves = [card["coef"] - 1 for card in report["features"]]
+    assert max(moves) == pytest.approx((coef_F - 1).max().item()) and min(moves) == pytest.approx((coef_F - 1).min().item())
+    for card in report["features"]:
+        assert f"Feature {card['feature']}" in page and f"{card['coef']:.3f}" in page
+    assert len(report["samples"]) == 16 and report["samples"][0]["before"] != ""
+    assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
+
+
+def test_resume_skips_finished_stages_and_refuses_another_run(whole, capsys):
+    before = (whole / "rlhf-coef" / "policy.safetensors").read_bytes()
+    assert run("--resume", out=whole) == 0
+    assert (whole / "rlhf-coef" / "policy.safetensors").read_bytes() == before
+    assert run(out=whole) == 2 and "--resume" in capsys.readouterr().err
+    assert run("--resume", "--seed", "1", out=whole) == 2 and "seed" in capsys.readouterr().err
+
+
+def test_same_seed_same_result(whole, tmp_path):
+    assert run("--stage", "rlhf", out=tmp_path) == 0                   # trains the SAE first
+    for name in ("sae/sae_weights.safetensors", "rlhf-coef/policy.safetensors"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_full_policy_and_word_list(whole):
+    assert run("--stage", "rlhf", "--policy", "full", "--reward", f"avoid:{ROOT / 'assets' / 'avoid.txt'}", "--gold", "", out=whole) == 0
+    figures = read_json(whole / "rlhf-full" / "metrics.json")
+    assert figures["trainable_parameters"] == sum(p.numel() for p in Pythia.from_pretrained("tiny").parameters())
+    assert figures["score_ref"] <= 0 and "gold_gain_std" not in figures
+
+
+def test_lm_and_reward_stages(tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"a {'good' if i % 2 else 'bad'} film, number {i}, that I saw", "label": i % 2}) + "\n"
+                             for i in range(80)))
+    corpora = ["--corpus", str(texts), "--eval-corpus", str(texts), "--out", str(tmp_path)]
+    assert train.main(["--stage", "lm", "--lm-num-layers", "1", "--lm-hidden-size", "32", "--lm-num-heads", "2", "--lm-context", "16",
+                       "--lm-tokens", "2560", *corpora]) == 0
+    lm = read_json(tmp_path / "lm" / "metrics.json")
+    assert lm["steps"] == 10 and 0 < lm["loss"] < 8.4
+    assert train.main(["--stage", "reward", "--model", str(tmp_path / "lm" / "model"), "--reward-batch-size", "8", "--reward-max-tokens",
+                       "16", "--reward-min-tokens", "8", *corpora]) == 0
+    assert {"loss", "accuracy", "accuracy_32"} <= set(read_json(tmp_path / "reward" / "metrics.json"))
+
+
+def broken_model(tmp_path: Path, **changes) -> Path:
+    """A copy of the embedded model's folder with some files replaced by other bytes (None: removed)."""
+    folder = tmp_path / "broken"
+    shutil.copytree(ROOT / "assets" / "tiny", folder)
+    for name, change in changes.items():
+        path = folder / name.replace("_", ".")
+        path.write_bytes(change(path.read_bytes())) if change else path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("options, told", [
+    (["--stage", "sea"], "invalid choice: 'sea'"),
+    (["--model", "no-such-model"], "'no-such-model' not found"),
+    (["--model", "pythia-70b"], "HF_HUB_OFFLINE"),
+    (["--polcy", "full"], "--policy"),
+    (["--layer", "4"], "layers 0 to 3"),
+    (["--layer", "-1"], "layers 0 to 3"),
+    (["--sae-objective", "l0"], "choose from l1"),
+    (["--sae-l0", "many"], "--sae-l0"),
+    (["--reward", "no-such-model"], "not found"),
+    (["--reward", "tiny"], "head.weight"),
+    (["--reward", "avoid:no-such-file"], "no-such-file"),
+    (["--prompts", "no-such-file"], "no-such-file"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--stage", "lm"], "--corpus"),
+    (["--stage", "interpret"], "--stage sae"),
+    (["--corpus", "no-such-file.txt", "--stage", "sae"], "no-such-file.txt"),
+    (["--rlhf-episodes", "10", "--rlhf-minibatches", "4"], "--rlhf-episodes"),
+])
+def test_misuse_is_one_clear_line(options, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(*options, out=tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and told in error
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"model_safetensors": None}, "has neither model.safetensors"),
+    ({"model_safetensors": lambda data: data[:-1000]}, "truncated"),
+    ({"config_json": lambda data: data.replace(b'"hidden_size": 256', b'"hidden_size": 128')}, "shape"),
+    ({"config_json": lambda data: b"{"}, "JSON"),
+    ({"tokenizer_json": None}, "has no tokenizer.json"),
+])
+def test_broken_checkpoints_are_named(changes, told, tmp_path, capsys):
+    assert run("--model", str(broken_model(tmp_path, **changes)), out=tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert told in error and "broken" in error and "\n" not in error
+
+
+def test_empty_corpus(tmp_path, capsys):
+    for name, content in (("empty.txt", " \n"), ("empty.jsonl", "")):
+        (tmp_path / name).write_text(content)
+        assert run("--stage", "sae", "--corpus", str(tmp_path / name), out=tmp_path / "out") == 2
+        assert "empty corpus" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_sae_of_another_model_layer_or_width(whole, tmp_path, capsys):
+    for options in (["--layer", "1"], ["--model", str(shutil.copytree(ROOT / "assets" / "tiny", tmp_path / "other"))]):
+        assert run("--stage", "rlhf", "--tag", "other", *options, out=whole) == 2
+        assert "this SAE was made for" in capsys.readouterr().err
+    narrow = Pythia(PythiaConfig(4096, 64, 4, 2, 128)).initialize(torch.Generator().manual_seed(0))
+    narrow.save_pretrained(tmp_path / "tiny")
+    Tokenizer.from_pretrained("tiny").save_pretrained(tmp_path / "tiny")
+    assert run("--stage", "rlhf", "--tag", "narrow", "--model", str(tmp_path / "tiny"), out=whole) == 2
+    assert "width" in capsys.readouterr().err
+
+
+def test_readme_links_point_at_what_they_name():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 15
+    for name, file, line in links:
+        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert re.search(rf"(def|class) {name}\b", text), f"{file}#L{line} is {text!r}, not {name}"
