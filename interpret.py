@@ -108,8 +108,10 @@ def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, coef_F
     effect_GV = logit_effect(model, sae.W_dec_FD[chosen])[:, :tokenizer.vocab_size]
     cards = []
     for g, i in enumerate(chosen):
-        ends = [[(tokenizer.decode([v]), round(sign * value, 4)) for value, v in zip(*map(Tensor.tolist, (sign * effect_GV[g]).topk(cfg.logit_tokens)))]
-                for sign in (1, -1)]
+        ends = []                                    # the promoted, then the suppressed tokens
+        for sign in (1, -1):
+            values, ids = (sign * effect_GV[g]).topk(cfg.logit_tokens)
+            ends.append([(tokenizer.decode([v]), round(sign * value, 4)) for value, v in zip(values.tolist(), ids.tolist())])
         cards.append(FeatureCard(layer, i, coef_F[i].item(), 0.0 if bias_F is None else bias_F[i].item(), firing_rate_F[i].item(),
                                  top_contexts(activations_BTG[..., g], tokens_BT, tokenizer, cfg.contexts, cfg.width), *ends))
     return cards, firing_rate_F
@@ -164,10 +166,12 @@ def save_figure(path: Path, figure) -> None:
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ddd; --soft: #666; --mark: 230, 140, 0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #3a3a3a; --soft: #a0a0a0; } img { filter: invert(.88) hue-rotate(180deg); } }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #3a3a3a; --soft: #a0a0a0; }
+  img { filter: invert(.88) hue-rotate(180deg); } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } img { max-width: 100%; } .soft { color: var(--soft); } .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; } td, th { border-bottom: 1px solid var(--line); padding: .35rem .5rem; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; width: 100%; }
+td, th { border-bottom: 1px solid var(--line); padding: .35rem .5rem; text-align: left; vertical-align: top; }
 .card { border: 1px solid var(--line); border-radius: 6px; padding: .6rem 1rem; margin: 1rem 0; break-inside: avoid; }
 .context { font: 14px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; border-bottom: 1px dotted var(--line); }
 .token { border-radius: 3px; } code { font: 14px ui-monospace, monospace; overflow-wrap: anywhere; }

@@ -9,6 +9,7 @@ References:
 """
 
 import copy
+import functools
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -32,15 +33,15 @@ EDITS = ("scale", "scale+bias")
 class PPOConfig:
     """--stage rlhf"""
 
-    iterations: int = 20                 # rollouts, each followed by `epochs` passes over it
+    iterations: int = 28                 # rollouts, each followed by `epochs` passes over it
     episodes: int = 512                  # responses a rollout
     samples_per_prompt: int = 4          # responses to each prompt of a rollout
     response_tokens: int = 24            # R; a response is cut behind its first end-of-text token
     temperature: float = 1.0             # of sampling, and of the policy's and the reference's logprobs alike
-    epochs: int = 2                      # passes over a rollout (Ziegler: 4; steps are small here, a second look is worth little)
+    epochs: int = 1                      # passes over a rollout (Ziegler: 4; steps are small here, and a new rollout is worth more)
     minibatches: int = 4                 # optimizer steps a pass
     micro_batch: int = 128               # episodes a forward pass; lower it to save memory
-    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.08 for coefficients, 1e-4 for weights
+    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.15 for coefficients, 3e-5 for weights
     critic_lr: float = 3e-3              # of the value head
     adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
     gamma: float = 1.0                   # discount
@@ -51,7 +52,7 @@ class PPOConfig:
     kl_target: float = 6.0               # nats a response that the controller of β aims at (Ziegler)
     kl_horizon: float = 10.0             # iterations; Ziegler's 10,000 episodes would leave β as it is in so short a run
     shrink: float = 0.0                  # proximal L1 on c − 1 and b: share of a full Adam step that each step pulls them back
-    eval_every: int = 8                  # iterations between evaluations along training
+    eval_every: int = 10                 # iterations between evaluations along training
     eval_samples: int = 8                # samples for each held-out prompt
     checkpoint_seconds: float = 120.0    # between resumable states
 
@@ -433,7 +434,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
               generator: torch.Generator, evaluation: "Evaluation | None" = None) -> Policy:
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
-    lr = cfg.lr or (1e-4 if isinstance(policy, WeightPolicy) else 0.08)
+    lr = cfg.lr or (3e-5 if isinstance(policy, WeightPolicy) else 0.15)
     optimizer = torch.optim.Adam([{"params": list(policy.trainable().values()), "lr": lr},
                                   {"params": list(critic.parameters()), "lr": cfg.critic_lr}], eps=cfg.adam_eps)
     kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
@@ -481,7 +482,8 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, rol
                 figures.append(torch.stack([loss.detach() * share for loss in losses]))
             optimizer.step()
             policy.after_step(optimizer.param_groups[0]["lr"], cfg)
-    return dict(zip(("loss", "policy_loss", "value_loss", "approx_kl", "clipfrac", "vf_clipfrac", "ratio"), (torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)).tolist()))
+    means = torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)
+    return dict(zip(("loss", "policy_loss", "value_loss", "approx_kl", "clipfrac", "vf_clipfrac", "ratio"), means.tolist()))
 
 
 def rollout_figures(rollout: Rollout, scores_B: Tensor, returns_BR: Tensor, kl_coef: float, end_of_text: int) -> dict:
@@ -500,16 +502,18 @@ def rollout_figures(rollout: Rollout, scores_B: Tensor, returns_BR: Tensor, kl_c
 def score(rollout: Rollout, score_fn: ScoreFn, standardize: "Standardize", critic: Critic, cfg: PPOConfig) -> None:
     """Fill in the rollout's scores and the critic's values.
 
-    A score_fn that can tell the score of a response's beginnings, `score_fn.prefixes(tokens_BT, mask_BT, R) -> scores_BR`, gives the
-    critic most of what it needs: a reward model's score of half a response says much of its score in the end. Less noise in the
-    advantages is what a few thousand coefficients need most.
+    A score_fn that can tell the scores of a response's beginnings, `score_fn.prefixes(tokens_BT, mask_BT, R) -> (B, R + 1)`, with 0 to R
+    of its tokens, gives the critic most of what it needs: a reward model's score of half a response says much of its score in the end.
+    Less noise in the advantages is what a few thousand coefficients need most.
     """
-    rollout.scores_B = standardize(score_in_batches(score_fn, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch))
-    rollout.prefix_scores_BR = torch.zeros_like(rollout.logprobs_BR)
     if hasattr(score_fn, "prefixes"):
-        parts = [score_fn.prefixes(rollout.tokens_BT[rows], rollout.mask_BT[rows], cfg.response_tokens).float()
-                 for rows in slices(len(rollout.tokens_BT), cfg.micro_batch)]
-        rollout.prefix_scores_BR = standardize(torch.cat(parts))
+        prefixes = functools.partial(score_fn.prefixes, R=cfg.response_tokens)
+        scores_BP = standardize(score_in_batches(prefixes, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch))         # P: R + 1
+        rollout.scores_B = scores_BP.gather(1, rollout.mask_BR.sum(1, keepdim=True)).squeeze(1)
+        rollout.prefix_scores_BR = scores_BP[:, :-1]
+    else:
+        rollout.scores_B = standardize(score_in_batches(score_fn, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch))
+        rollout.prefix_scores_BR = torch.zeros_like(rollout.logprobs_BR)
     rollout.values_BR = critic(rollout.prefix_scores_BR, rollout.trunk.ref_hidden_BRD)
 
 

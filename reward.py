@@ -143,9 +143,9 @@ class RewardModel(Pythia):
         return self.score(tokens_BT, mask_BT)
 
     def prefixes(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Tensor:
-        """-> scores_BR of the text before each of the last R tokens, all from one pass: causal attention makes each position's
-        hidden state that of the text up to it."""
-        return self.head_scores(self.hidden(tokens_BT, mask_BT)[:, -R - 1:-1])
+        """-> scores of the text without the last R tokens, with one of them, … with all, (B, R + 1), from one pass: causal attention
+        makes each position's hidden state that of the text up to it."""
+        return self.head_scores(self.hidden(tokens_BT, mask_BT)[:, -R - 1:])
 
     @classmethod
     def from_backbone(cls, model: Pythia, generator: torch.Generator) -> "RewardModel":
@@ -269,9 +269,9 @@ class TextReward:
         self.function, self.tokenizer = function, tokenizer
 
     def prefixes(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Tensor:
-        """-> scores_BR of the text before each of the last R tokens."""
+        """-> scores of the text without the last R tokens, with one of them, … with all, (B, R + 1)."""
         T = tokens_BT.shape[1]
-        return torch.stack([self(tokens_BT[:, :t], mask_BT[:, :t]) for t in range(T - R, T)], dim=1)
+        return torch.stack([self(tokens_BT[:, :t], mask_BT[:, :t]) for t in range(T - R, T + 1)], dim=1)
 
     def __call__(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         texts = [self.tokenizer.decode([i for i in row[keep].tolist() if i != self.tokenizer.end_of_text])

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     model, tokenizer, layer = load_model(args)
     saes = {layer: load_trained_sae(args, model, layer)} if args.policy != "full" else {}
     policy = ppo.make_policy(args.policy, model, saes, args.edit)
-    score_fn = load_reward(args.reward, args, model, tokenizer)
+    score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
     prompts, eval_prompts = (ppo.Prompts(read_lines(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, args.device)
                              for path in (args.prompts, args.eval_prompts))
     evaluation = ppo.Evaluation(model, eval_prompts, score_fn, cfg, seed=1_000_000 + args.seed)
@@ -55,7 +56,8 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     write_safetensors(run.folder / "policy.safetensors", {name: p.detach() for name, p in policy.trainable().items()})
     write_json(run.folder / "samples.json", interpret.paired_samples(tokenizer, evaluation, after))
     interpret.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
-    return after.figures | gold_figures(args, model, tokenizer, evaluation, after) | {
+    # A gain that the gold model, which training never saw, does not share is over-optimisation.
+    return after.figures | (evaluation.gain_by(gold_fn, after, "gold") if gold_fn else {}) | {
         "n_changed": policy.n_changed(), "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "seconds_per_iteration": seconds / cfg.iterations, "peak_memory_gib": ppo.peak_memory_gib(args.device)}
 
@@ -95,8 +97,11 @@ def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: "Run")
     tokenizer.save_pretrained(run.folder / "model")
     trained = reward.RewardModel.from_pretrained(run.folder / "model", dtype=torch.float32, device=args.device)     # as it was saved
     heldout_ids = reward.encode_pairs(heldout, tokenizer)
-    short = {f"{key}_32": value for key, value in reward.evaluate_reward(trained, reward.cut_pairs(heldout_ids, 32)).items()} if labelled else {}
-    return {"pairs": len(pairs), "heldout_pairs": len(heldout)} | reward.evaluate_reward(trained, reward.cut_pairs(heldout_ids, cfg.max_tokens)) | short
+    figures = {"pairs": len(pairs), "heldout_pairs": len(heldout)}
+    for suffix, length in (("", cfg.max_tokens), ("_32", 32))[:2 if labelled else 1]:      # 32 tokens: the length that RLHF scores
+        measured = reward.evaluate_reward(trained, reward.cut_pairs(heldout_ids, length))
+        figures |= {key + suffix: value for key, value in measured.items()}
+    return figures
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,8 @@ def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
     """Train a language model on --corpus; its held-out loss is measured on --eval-corpus with the weights as saved."""
     tokenizer = Tokenizer.from_pretrained(cfg.tokenizer)
     windows_BT = token_windows(read_texts(need(args.corpus, "--corpus")), tokenizer, cfg.context)
-    shape = PythiaConfig(vocab_size=math.ceil(tokenizer.vocab_size / 64) * 64, hidden_size=cfg.hidden_size, num_layers=cfg.num_layers,
-                         num_heads=cfg.num_heads, intermediate_size=4 * cfg.hidden_size, max_positions=cfg.context)
+    shape = PythiaConfig(math.ceil(tokenizer.vocab_size / 64) * 64, cfg.hidden_size, cfg.num_layers, cfg.num_heads,
+                         intermediate_size=4 * cfg.hidden_size, max_positions=cfg.context)
     generator = torch.Generator().manual_seed(args.seed)
     model = Pythia(shape).initialize(generator).to(args.device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -258,18 +263,6 @@ def sample_windows(model: Pythia, tokenizer: Tokenizer, number: int, context: in
     return torch.cat(chunks)
 
 
-def load_reward(name: str, args: argparse.Namespace, model: Pythia, tokenizer: Tokenizer) -> reward.ScoreFn:
-    """-> the score_fn of --reward or --gold."""
-    return reward.load_reward(name, tokenizer, args.dtype, args.device)
-
-
-def gold_figures(args: argparse.Namespace, model: Pythia, tokenizer: Tokenizer, evaluation: ppo.Evaluation, after: ppo.Evaluated) -> dict:
-    """-> the gain by a reward model that training never saw, on the same samples: a gain that it does not share is over-optimisation."""
-    if not args.gold:
-        return {}
-    return evaluation.gain_by(load_reward(args.gold, args, model, tokenizer), after, "gold")
-
-
 def read_pairs(path: str, half: int, generator: torch.Generator) -> tuple[list[reward.Preference], bool]:
     """-> preference pairs of a file of pairs, or of labelled texts, and whether it was the latter."""
     rows = read_rows(path)
@@ -300,6 +293,7 @@ class Run:
     def __init__(self, folder: Path, config: dict, resume: bool):
         self.folder, self.config = folder, config
         found = folder / "config.json"
+        self.fresh = not folder.exists()
         if found.exists():
             if not resume:
                 raise UserError(f"{folder} holds a run already: go on with it by --resume, or choose another folder by --out or --tag")
@@ -344,6 +338,11 @@ class Run:
         lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] < state["step"]] if log.exists() else []
         write_whole(log, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
         return state["step"]
+
+    def discard(self) -> None:
+        """Remove the folder of a stage that was refused before it logged anything, so that the mended command can be given again."""
+        if self.fresh and not (self.folder / "metrics.jsonl").exists():
+            shutil.rmtree(self.folder)
 
     def finish(self, figures: dict) -> dict:
         """Write the final figures; the resumable state is no longer needed."""
@@ -437,7 +436,11 @@ def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:
     figures = run.finished
     if figures is None:
         start = time.monotonic()
-        figures = function(args, cfg, run)
+        try:
+            figures = function(args, cfg, run)
+        except UserError:
+            run.discard()
+            raise
         figures = run.finish(figures | {"seconds": round(time.monotonic() - start, 2)})
     print(f"{run.folder}: " + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()))
     return figures

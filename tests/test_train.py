@@ -109,6 +109,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--sae-objective", "l0"], "choose from l1"),
     (["--sae-l0", "many"], "--sae-l0"),
     (["--reward", "no-such-model"], "not found"),
+    (["--gold", "no-such-model"], "not found"),
     (["--reward", "tiny"], "head.weight"),
     (["--reward", "avoid:no-such-file"], "no-such-file"),
     (["--prompts", "no-such-file"], "no-such-file"),
@@ -123,6 +124,7 @@ def test_misuse_is_one_clear_line(options, told, tmp_path, capsys, monkeypatch):
     assert run(*options, out=tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and told in error
+    assert not (tmp_path / "out" / "rlhf-coef").exists()
 
 
 @pytest.mark.parametrize("changes, told", [
@@ -143,7 +145,7 @@ def test_empty_corpus(tmp_path, capsys):
         (tmp_path / name).write_text(content)
         assert run("--stage", "sae", "--corpus", str(tmp_path / name), out=tmp_path / "out") == 2
         assert "empty corpus" in capsys.readouterr().err
-        shutil.rmtree(tmp_path / "out")
+        assert not (tmp_path / "out" / "sae").exists()                 # nothing half-written: the mended command can be given again
 
 
 def test_sae_of_another_model_layer_or_width(whole, tmp_path, capsys):
