@@ -82,7 +82,7 @@ class Sevens:
 
     def prefixes(self, tokens_BT, mask_BT, R):
         hits_BR = ((tokens_BT == ord("7")) * mask_BT)[:, -R:]
-        return (hits_BR.cumsum(1) - hits_BR).float()
+        return torch.cat([torch.zeros(len(hits_BR), 1), hits_BR.cumsum(1)], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the edit

@@ -71,10 +71,11 @@ def test_prefixes_are_the_scores_of_the_truncated_texts():
     model, (tokens_BT, mask_BT) = random_reward(), pad_left([random_tokens(n, seed=n).tolist() for n in (13, 8, 9, 12)], 0)
     mask_BT[1:, -2:] = mask_BT[2, -4:] = 0                       # these responses ended before
     scores_BR, R, T = model.prefixes(tokens_BT, mask_BT, 6), 6, 13
-    want_BR = torch.stack([model.score(tokens_BT[:, :t], mask_BT[:, :t]) for t in range(T - R, T)], dim=1)
-    alone = [[model.score(tokens_BT[b:b + 1, T - n:t], mask_BT[b:b + 1, T - n:t]).item() for t in range(T - R, T)]
+    want_BR = torch.stack([model.score(tokens_BT[:, :t], mask_BT[:, :t]) for t in range(T - R, T + 1)], dim=1)
+    alone = [[model.score(tokens_BT[b:b + 1, T - n:t], mask_BT[b:b + 1, T - n:t]).item() for t in range(T - R, T + 1)]
              for b, n in enumerate((13, 8, 9, 12))]
-    counts = mask_BT[:, -R:] == 1
+    counts = torch.arange(R + 1) <= mask_BT[:, -R:].sum(1, keepdim=True)           # beginnings that do not outlast the response
+    torch.testing.assert_close(scores_BR.gather(1, mask_BT[:, -R:].sum(1, keepdim=True))[:, 0], model.score(tokens_BT, mask_BT))
     torch.testing.assert_close(scores_BR[counts], want_BR[counts], atol=1e-5, rtol=0)
     torch.testing.assert_close(scores_BR[counts], torch.tensor(alone)[counts], atol=1e-5, rtol=0)
     assert scores_BR.dtype == torch.float32 and scores_BR.isfinite().all() and want_BR.std(1).min() > 0.1
@@ -236,7 +237,7 @@ def test_text_reward_reads_the_masked_tokens_only(tmp_path):
     seen.clear()
     function = TextReward(lambda texts: seen.extend(texts) or [len(text) for text in texts], Characters())
     prefixes_BR = function.prefixes(tokens_BT, mask_BT, 4)
-    want = [[function(tokens_BT[b:b + 1, :t], mask_BT[b:b + 1, :t]).item() for t in range(5, 9)] for b in range(2)]
-    assert seen[:8] == ["x", "bad ", "x ", "bad b", "x b", "bad b", "x ba", "bad b"] and prefixes_BR.tolist() == want
+    want = [[function(tokens_BT[b:b + 1, :t], mask_BT[b:b + 1, :t]).item() for t in range(5, 10)] for b in range(2)]
+    assert seen[:10] == ["x", "bad ", "x ", "bad b", "x b", "bad b", "x ba", "bad b", "x bad", "bad b"] and prefixes_BR.tolist() == want
     (tmp_path / "words").write_text("bad")
     assert load_reward(f"avoid:{tmp_path / 'words'}", Characters())(tokens_BT, mask_BT).tolist() == [-1, -1]
