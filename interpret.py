@@ -156,6 +156,7 @@ def plot_coefficients(path: Path, coef_F: Tensor, firing_rate_F: Tensor) -> None
 
 
 def save_figure(path: Path, figure) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all, and free it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
@@ -215,6 +216,7 @@ def escape(text: object) -> str:
 
 
 def card_html(card: FeatureCard) -> str:
+    """-> one feature's card; its contexts are shaded in proportion to its strongest activation."""
     peak = max((a for context in card.contexts for a in context.activations), default=1.0)
     contexts = "".join(f'<div class=context>{"".join(token_html(t, a / peak) for t, a in zip(c.tokens, c.activations))}</div>' for c in card.contexts)
     ends = (f"<p><b>{verb}</b> {' '.join(f'<code>{escape(repr(token)[1:-1])}</code> {value:+.2f}' for token, value in tokens)}</p>"
@@ -225,17 +227,20 @@ def card_html(card: FeatureCard) -> str:
 
 
 def token_html(token: str, strength: float) -> str:
+    """-> a token, shaded by `strength` in [0, 1]; line breaks are made visible."""
     text = escape(token.replace("\n", "↵"))
     return f'<span class=token style="background:rgba(var(--mark),{min(1, strength):.2f})">{text}</span>' if strength > 0 else text
 
 
 def samples_table(samples: list[dict]) -> str:
+    """-> prompts with the reference's and the policy's continuations and scores, side by side."""
     rows = "".join(f"<tr><td>{escape(s['prompt'])}</td><td>{escape(s['before'])}<br><span class=soft>score {s['score_before']:.2f}</span></td>"
                    f"<td>{escape(s['after'])}<br><span class=soft>score {s['score_after']:.2f}</span></td></tr>" for s in samples)
     return f"<div class=wide><table><tr><th>prompt</th><th>reference</th><th>after RLHF</th></tr>{rows}</table></div>"
 
 
 def figures_table(title: str, figures: dict) -> str:
+    """-> a heading and a table of names and values."""
     rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(f'{v:.4g}' if isinstance(v, float) else v)}</td></tr>" for key, v in figures.items())
     return f"<h3>{escape(title)}</h3><div class=wide><table>{rows}</table></div>"
 

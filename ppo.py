@@ -45,7 +45,7 @@ class PPOConfig:
     critic_lr: float = 3e-3              # of the value head
     adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
     gamma: float = 1.0                   # discount
-    lam: float = 0.7                     # λ of GAE (Ziegler: 0.95; measured: see README, Departures)
+    lam: float = 0.7                     # λ of GAE (Ziegler: 0.95); README, Departures, says why
     clip: float = 0.2                    # of the ratio, and of the value around its old value
     vf_coef: float = 0.1                 # weight of the value loss (Ziegler)
     kl_coef: float = 0.05                # β at the start, with scores of unit standard deviation
@@ -359,6 +359,7 @@ def whiten(x_BR: Tensor, mask_BR: Tensor) -> Tensor:
 
 
 def masked_mean(x_BR: Tensor, mask_BR: Tensor) -> Tensor:
+    """-> the mean over the mask, a scalar."""
     return (x_BR * mask_BR).sum() / mask_BR.sum()
 
 
@@ -568,6 +569,7 @@ class Trainable:
 # --------------------------------------------------------------------------------------------------------------- evaluation
 
 class Evaluated(NamedTuple):
+    """What an evaluation measured, and the samples it measured it on."""
     figures: dict[str, float]
     tokens_BT: Tensor                    # the policy's samples on the held-out prompts
     mask_BT: Tensor

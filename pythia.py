@@ -192,6 +192,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two projections with an exact GELU between; the neurons are what the GELU gives."""
+
     def __init__(self, cfg: PythiaConfig):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(cfg.hidden_size, cfg.intermediate_size)

@@ -362,6 +362,8 @@ DEPENDS = {"lm": ("corpus", "seed"), "sae": ("model", "layer", "corpus", "dtype"
 
 
 class Parser(argparse.ArgumentParser):
+    """Wrong options become a UserError, one line, where argparse would print its usage and exit."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
