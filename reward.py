@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import Pythia, PythiaConfig, Tokenizer, UserError, read_rows, write_json, write_safetensors
+from pythia import Pythia, PythiaConfig, Tokenizer, UserError, mixed_precision, read_rows, write_json, write_safetensors
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 
@@ -30,7 +30,7 @@ class RewardConfig:
     epochs: int = 2                      # passes over the pairs
     batch_size: int = 32                 # pairs a step
     max_tokens: int = 256                # longest text, the leading end-of-text token included
-    min_tokens: int = 24                 # label pairs are cut to a random length from here to max_tokens
+    min_tokens: int = 16                 # label pairs are cut to a random length from here to max_tokens
     half: int = 0                        # label pairs: 0 all, 1 or 2 that half of the labelled texts
     lr: float = 3e-4                     # peak; linear warm-up over the first 5 %, then linear to 0
     weight_decay: float = 0.1            # AdamW
@@ -193,7 +193,8 @@ def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], c
     """Train on pairs of ids (see `encode_pairs`) in place -> the model.
 
     random_cut: cut both texts of a pair to one random length (log-uniform, min_tokens to max_tokens), half of the time at a
-    random place, so that the model is at home on short texts and length is no cue. Else: long texts lose their beginning.
+    random place, and prefer every beginning of the one to the same length of the other, so that the model is at home on short
+    texts and length is no cue. Else: long texts lose their beginning.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
@@ -209,19 +210,29 @@ def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], c
         batch = [pairs[i] for i in order[step * cfg.batch_size:(step + 1) * cfg.batch_size]]
         batch = cut_randomly(batch, cfg, generator) if random_cut else [tuple(keep_end(ids, cfg.max_tokens) for ids in pair) for pair in batch]
         tokens_BT, mask_BT = pad_right([pair[0] for pair in batch] + [pair[1] for pair in batch], model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):        # weights, scores and loss stay float32
-            chosen_B, rejected_B = model.score(tokens_BT, mask_BT).chunk(2)
-        loss = preference_loss(chosen_B, rejected_B)
+        with mixed_precision(model.device):        # weights, scores and loss stay float32
+            chosen, rejected = (prefix_scores(model, tokens_BT, mask_BT, cfg.min_tokens) if random_cut
+                                else model.score(tokens_BT, mask_BT).chunk(2))
+        loss = preference_loss(chosen, rejected)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0 or step == steps - 1:
-            accuracy = (chosen_B > rejected_B).float().mean().item()
+            accuracy = (chosen > rejected).float().mean().item()
             run.log(step=step, loss=loss.item(), accuracy=accuracy)
             bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
         run.checkpoint(step + 1, cfg.checkpoint_seconds, model=model, optimizer=optimizer, generator=generator)
     return model.requires_grad_(False)
+
+
+def prefix_scores(model: RewardModel, tokens_BT: Tensor, mask_BT: Tensor, shortest: int) -> tuple[Tensor, Tensor]:
+    """-> scores of all beginnings, from `shortest` tokens on, that the chosen (first half of the batch) and the rejected text of a pair
+    both have, as two long vectors. One pass gives them all: causal attention makes each position's score that of the text up to it."""
+    chosen_BT, rejected_BT = model.head_scores(model.hidden(tokens_BT, mask_BT)).chunk(2)
+    both_BT = torch.stack(mask_BT.bool().chunk(2)).all(0)
+    both_BT[:, :min(shortest, int(both_BT.sum(1).max())) - 1] = False
+    return chosen_BT[both_BT], rejected_BT[both_BT]
 
 
 def cut_randomly(batch: list, cfg: RewardConfig, generator: torch.Generator) -> list:

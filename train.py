@@ -23,7 +23,7 @@ import interpret
 import ppo
 import reward
 import sae
-from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, load_state, read_json, read_rows, read_safetensors,
+from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, load_state, mixed_precision, read_json, read_rows, read_safetensors,
                     save_state, write_json, write_safetensors, write_whole)
 
 
@@ -152,7 +152,7 @@ def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
         batch_BT = windows_BT[order[step * cfg.batch_size:(step + 1) * cfg.batch_size]].long().to(args.device)
         loss = 0.0
         for micro_BT in batch_BT.split(cfg.micro_batch):
-            with torch.autocast(args.device.type, torch.bfloat16):   # on recent CPUs too, twice as fast; the weights stay float32
+            with mixed_precision(args.device):       # the weights stay float32
                 part = next_token_loss(model, micro_BT) * len(micro_BT) / len(batch_BT)
             part.backward()
             loss += part.item()
