@@ -25,7 +25,7 @@ from pythia import Pythia, Tokenizer, UserError, pad_left
 from sae import SAE
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
-POLICIES = ("coef", "full")
+POLICIES = ("coef", "full", "lora")
 EDITS = ("scale", "scale+bias")
 
 
@@ -41,7 +41,10 @@ class PPOConfig:
     epochs: int = 1                      # passes over a rollout (Ziegler: 4; steps are small here, and a new rollout is worth more)
     minibatches: int = 4                 # optimizer steps a pass
     micro_batch: int = 128               # episodes a forward pass; lower it to save memory
-    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.15 for coefficients, 3e-5 for weights
+    recompute: bool = False              # recompute activations in the backward pass: less memory, a third more time
+    lora_rank: int = 8                   # of --policy lora
+    lora_targets: tuple[str, ...] = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")      # layers that get an adapter
+    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.15 for coefficients, 3e-5 for weights, 1e-3 for adapters
     critic_lr: float = 3e-3              # of the value head
     adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
     gamma: float = 1.0                   # discount
@@ -58,7 +61,7 @@ class PPOConfig:
 
     def __post_init__(self):
         for name in ("iterations", "episodes", "samples_per_prompt", "response_tokens", "temperature", "epochs", "minibatches", "micro_batch",
-                     "kl_target", "kl_horizon", "eval_every", "eval_samples"):
+                     "kl_target", "kl_horizon", "eval_every", "eval_samples", "lora_rank"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--rlhf-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
@@ -143,6 +146,8 @@ class EditPolicy:
     r + change and the layers above. Features of higher edited layers do depend on it and are computed anew, with gradient.
     """
 
+    default_lr = 0.15
+
     def __init__(self, model: Pythia, edits: dict[int, FeatureScale]):
         self.model = self.reference = model
         self.edits = edits
@@ -173,6 +178,8 @@ class EditPolicy:
 class WeightPolicy:
     """Every weight of the model is trainable; the reference is a frozen copy. Nothing can be cached but the reference."""
 
+    default_lr = 3e-5
+
     def __init__(self, model: Pythia):
         self.reference = model
         self.model = copy.deepcopy(model).requires_grad_(True)
@@ -195,10 +202,49 @@ class WeightPolicy:
         return sum(int((p != reference[name]).sum()) for name, p in self.trainable().items())
 
 
+class LoRA(nn.Module):
+    """W x + b + (x A) B with W, b frozen: an update of low rank (Hu et al. 2021, arXiv:2106.09685, with α = rank). B is 0 at the start."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        self.linear = linear
+        D_in, D_out, device = linear.in_features, linear.out_features, linear.weight.device
+        self.A_DK = nn.Parameter(torch.randn(D_in, rank, generator=generator).to(device) / D_in ** 0.5)         # K: rank
+        self.B_KD = nn.Parameter(torch.zeros(rank, D_out, device=device))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """In float32, as the adapters are: in bfloat16 their small steps would be lost."""
+        return self.linear(x_BTD) + (x_BTD.float() @ self.A_DK @ self.B_KD).to(x_BTD.dtype)
+
+
+class LoRAPolicy(WeightPolicy):
+    """Adapters on the linear layers named by `targets`; the reference is the same weights without them."""
+
+    default_lr = 1e-3
+
+    def __init__(self, model: Pythia, rank: int, targets: tuple[str, ...]):
+        self.reference, self.edits = model, None
+        self.model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})      # other modules, the very same weights
+        generator, found = torch.Generator().manual_seed(0), []
+        for part in [part for block in self.model.gpt_neox.layers for part in (block.attention, block.mlp)]:
+            for name in sorted(set(targets) & dict(part.named_children()).keys()):
+                setattr(part, name, LoRA(getattr(part, name), rank, generator))
+                found.append(name)
+        if unknown := set(targets) - set(found):
+            raise UserError(f"--rlhf-lora-targets {','.join(sorted(unknown))}: choose from query_key_value, dense, dense_h_to_4h, dense_4h_to_h")
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def n_changed(self) -> int:
+        """Entries of B that are not 0; A changes nothing without them."""
+        return sum(int((p != 0).sum()) for name, p in self.trainable().items() if name.endswith("B_KD"))
+
+
 Policy = EditPolicy | WeightPolicy
 
 
-def make_policy(name: str, model: Pythia, saes: dict[int, SAE], edit: str = "scale") -> Policy:
+def make_policy(name: str, model: Pythia, saes: dict[int, SAE], cfg: PPOConfig, edit: str = "scale") -> Policy:
     """-> the policy of `--policy`; `saes` holds the SAE of each layer to edit."""
     if name not in POLICIES:
         raise UserError(f"--policy {name}: choose from {', '.join(POLICIES)}")
@@ -206,6 +252,8 @@ def make_policy(name: str, model: Pythia, saes: dict[int, SAE], edit: str = "sca
         raise UserError(f"--edit {edit}: choose from {', '.join(EDITS)}")
     if name == "full":
         return WeightPolicy(model)
+    if name == "lora":
+        return LoRAPolicy(model, cfg.lora_rank, cfg.lora_targets)
     return EditPolicy(model, {layer: FeatureScale(sae, bias=edit == "scale+bias") for layer, sae in saes.items()})
 
 
@@ -435,7 +483,8 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
               generator: torch.Generator, evaluation: "Evaluation | None" = None) -> Policy:
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
-    lr = cfg.lr or (3e-5 if isinstance(policy, WeightPolicy) else 0.15)
+    policy.model.recompute = cfg.recompute
+    lr = cfg.lr or policy.default_lr
     optimizer = torch.optim.Adam([{"params": list(policy.trainable().values()), "lr": lr},
                                   {"params": list(critic.parameters()), "lr": cfg.critic_lr}], eps=cfg.adam_eps)
     kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)

@@ -12,6 +12,7 @@ References:
     RoFormer (rotary embeddings), Su et al. 2021, arXiv:2104.09864
 """
 
+import functools
 import gzip
 import hashlib
 import http.client
@@ -33,6 +34,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Edit = Callable[[Tensor, Tensor], Tensor]            # (mlp_BTD, neurons_BTM) -> change_BTD, see Pythia.forward
@@ -251,6 +253,7 @@ class Pythia(nn.Module):
     def __init__(self, cfg: PythiaConfig):
         super().__init__()
         self.cfg = cfg
+        self.recompute = False                       # activations in the backward pass, layer by layer, in place of keeping them
         self.gpt_neox = Backbone(cfg)
         self.embed_out = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -300,7 +303,10 @@ class Pythia(nn.Module):
         attend_BHTS = attention_mask(mask_BT, T)
         mlp_BTD = neurons_BTM = None
         for layer in layers:
-            x_BTD, mlp_BTD, neurons_BTM = self.gpt_neox.layers[layer](x_BTD, rotary, attend_BHTS, cache)
+            block = self.gpt_neox.layers[layer]
+            if self.recompute and torch.is_grad_enabled():
+                block = functools.partial(checkpoint, block, use_reentrant=False)
+            x_BTD, mlp_BTD, neurons_BTM = block(x_BTD, rotary, attend_BHTS, cache)
             if edits and layer in edits:
                 x_BTD = x_BTD + edits[layer](mlp_BTD, neurons_BTM)
         if cache:
@@ -366,17 +372,22 @@ class Pythia(nn.Module):
         UserError where it is not found, is not GPT-NeoX, or a tensor is missing, unknown or misshapen.
         """
         files = CheckpointFiles(name_or_folder, revision)
-        config = files.need("config.json")
-        cfg = PythiaConfig.from_json(read_json(config), config)
+        path = files.need("config.json")
+        config = cls.read_config(read_json(path), path)
         with torch.device("meta"):                   # no memory yet: the loaded tensors become the parameters
-            model = cls(cfg)
-        load_strictly(model, map(cls.rename, read_weights(files)), files, dtype, device)
+            model = cls(PythiaConfig.from_json(config, path))
+        load_strictly(model, cls.rename(read_weights(files), config), files, dtype, device)
         return model.requires_grad_(False).eval()
 
     @staticmethod
-    def rename(shard: dict[str, Tensor]) -> dict[str, Tensor]:
-        """-> a shard's tensors under this class's parameter names."""
-        return shard
+    def read_config(config: dict, source: object) -> dict:
+        """-> the config.json of a checkpoint as GPT-NeoX's."""
+        return config
+
+    @staticmethod
+    def rename(tensors: Iterator[tuple[str, Tensor]], config: dict) -> Iterator[tuple[str, Tensor]]:
+        """-> a checkpoint's tensors under this class's parameter names."""
+        return tensors
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which transformers loads too."""
@@ -523,7 +534,13 @@ MAX_HEADER = 100_000_000                             # bytes, the limit of the r
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """-> name -> tensor, memory-mapped: nothing is read before it is used, and a write to a tensor stays in memory.
+    """-> name -> tensor, memory-mapped: nothing is read before it is used, and a write to a tensor stays in memory."""
+    return dict(stream_safetensors(path))
+
+
+def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """-> name and mapped tensor, one after another; the memory that reading one took is given back when the next is asked for, so that
+    who copies them one by one never holds the file beside the copies.
 
     Format: 8 bytes of header length, little endian; a JSON header {name: {dtype, shape, data_offsets}}; the data.
     UserError where the file is truncated, or its header is not exactly that.
@@ -536,7 +553,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             if start > min(size, MAX_HEADER):
                 raise ValueError(f"the header does not end within the file ({size} bytes)")
             header = json.loads(file.read(start - 8))
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[start:]
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = memoryview(mapping)[start:]
         header.pop("__metadata__", None)
         tensors, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -550,12 +568,14 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             tensors[name], end = flat.view(shape), stop
         if end != len(data):
             raise ValueError(f"{len(data) - end} bytes of data belong to no tensor")
-        return tensors
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:      # RecursionError is a RuntimeError
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise UserError(f"{path}: not a whole safetensors file: {reason}; get it again") from None
+    for name, tensor in tensors.items():
+        yield name, tensor
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -633,8 +653,8 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
-def read_weights(files: "CheckpointFiles") -> Iterator[dict[str, Tensor]]:
-    """-> the tensors of a checkpoint, one mapped shard after the other: safetensors, or where there is none, PyTorch's .bin files, whose
+def read_weights(files: "CheckpointFiles") -> Iterator[tuple[str, Tensor]]:
+    """-> names and tensors of a checkpoint, from one mapped shard after the other: safetensors, or where there is none, PyTorch's .bin files, whose
     pickles may hold nothing but tensors. An index is trusted, a lone shard without one is not: repositories exist that hold a partial
     safetensors shard beside complete .bin files."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
@@ -651,31 +671,29 @@ def read_weights(files: "CheckpointFiles") -> Iterator[dict[str, Tensor]]:
             continue
         for shard in shards:
             path = files.need(shard)
-            yield read_safetensors(path) if whole.endswith("safetensors") else load_state(path, mmap=True)
+            yield from stream_safetensors(path) if whole.endswith("safetensors") else load_state(path, mmap=True).items()
         return
     raise UserError(f"{files}: has neither model.safetensors nor pytorch_model.bin, nor an index of their shards")
 
 
-def load_strictly(model: nn.Module, shards: Iterator[dict[str, Tensor]], source: object, dtype: torch.dtype | None,
+def load_strictly(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], source: object, dtype: torch.dtype | None,
                   device: str | torch.device) -> None:
-    """Give a model made on the meta device its parameters, shard by shard; UserError names what is missing, extra or misshapen."""
+    """Give a model made on the meta device its parameters, one by one; UserError names what is missing, unknown or misshapen."""
     wanted = dict(model.named_parameters())          # a tied embed_out counts once, under embed_in's name
-    tied = {name for name in model.state_dict() if name not in wanted}
-    seen, extra = set(), []
-    for shard in shards:
-        for name, tensor in shard.items():
-            if name in wanted:
-                if tensor.shape != wanted[name].shape:
-                    raise UserError(f"{source}: {name!r} has shape {tuple(tensor.shape)}, "
-                                    f"the config wants {tuple(wanted[name].shape)}")
-                set_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True))
-                seen.add(name)
-            elif name not in tied and not name.endswith(BUFFERS):
-                extra.append(name)
-    missing = sorted(set(wanted) - seen)
-    for problem, names in (("lacks", missing), ("has unknown", sorted(extra))):
-        if names:
-            raise UserError(f"{source}: {problem} {len(names)} tensor(s): {', '.join(map(repr, names[:5]))}{', …' if names[5:] else ''}")
+    ignored = {name for name in model.state_dict() if name not in wanted}
+    seen, unknown = set(), []
+    for name, tensor in tensors:
+        if name in wanted:
+            if tensor.shape != wanted[name].shape:
+                raise UserError(f"{source}: {name!r} has shape {tuple(tensor.shape)}, the config wants {tuple(wanted[name].shape)}")
+            set_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True))
+            seen.add(name)
+        elif name not in ignored and not name.endswith(BUFFERS):
+            unknown.append(name)
+    problems = [f"{problem} {len(names)} tensor(s): {', '.join(map(repr, names[:5]))}{', …' if names[5:] else ''}"
+                for problem, names in (("lacks", sorted(set(wanted) - seen)), ("has unknown", sorted(unknown))) if names]
+    if problems:
+        raise UserError(f"{source}: " + "; ".join(problems))
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

@@ -8,7 +8,7 @@ References:
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import Pythia, PythiaConfig, Tokenizer, UserError, mixed_precision, read_rows, write_json, write_safetensors
+from pythia import END_OF_TEXT, Pythia, PythiaConfig, Tokenizer, UserError, mixed_precision, read_rows, write_json, write_safetensors
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 
@@ -163,12 +163,30 @@ class RewardModel(Pythia):
         return reward
 
     @staticmethod
-    def rename(shard: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Give the scalar head of a sequence classifier our name, and the bias that it lacks."""
-        if "score.weight" in shard:
-            weight = shard.pop("score.weight")
-            shard |= {"head.weight": weight, "head.bias": torch.zeros(1, dtype=weight.dtype)}
-        return shard
+    def read_config(config: dict, source: object) -> dict:
+        """-> the GPT-NeoX config.json within that of the reward models that `rename` knows."""
+        if not isinstance(config, dict):
+            return config
+        if config.get("pooling", "last") != "last":
+            raise UserError(f"{source}: pooling {config['pooling']!r} is not supported, only 'last'")
+        if isinstance(base := config.get("base_config"), dict):                  # ScalarModel: subtracts `bias` from its head's score
+            return base | {"bias": config.get("bias", 0.0)}
+        return config | {"model_type": "gpt_neox"} if config.get("model_type") == "gpt_neox_reward_model" else config
+
+    @staticmethod
+    def rename(tensors: Iterator[tuple[str, Tensor]], config: dict) -> Iterator[tuple[str, Tensor]]:
+        """-> our names for those of three families, told apart by their keys: transformers' GPTNeoXForSequenceClassification (`score.weight`,
+        no bias), OpenAssistant's GPTNeoXRewardModel (`out_proj.*`) and the ScalarModel of the TL;DR reproduction (`lm_backbone.*`,
+        `scalar_head.*`, config.bias; Huang et al. 2024, arXiv:2403.17031)."""
+        for name, tensor in tensors:
+            module, _, kind = name.rpartition(".")
+            if name == "score.weight":
+                yield "head.bias", tensor.new_zeros(1)
+            elif module == "scalar_head" and kind == "bias":
+                tensor = tensor - float(config.get("bias", 0.0))
+            if module in ("score", "out_proj", "scalar_head"):
+                name = f"head.{kind}"
+            yield re.sub("^lm_backbone", "gpt_neox", name), tensor
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors of a GPTNeoXForSequenceClassification."""
@@ -302,8 +320,35 @@ def avoid_words(path: str | Path) -> Callable[[list[str]], list[float]]:
     return lambda texts: [-float(len(pattern.findall(text))) for text in texts]
 
 
+class ThroughText:
+    """A reward model whose tokenizer differs from the policy's: ids are decoded to text, special tokens written out, and encoded anew.
+
+    With OpenAssistant's tokenizer (which has a `<|prompter|>` token) a dialogue in Anthropic's form is put in its own:
+    "\\n\\nHuman: Q\\n\\nAssistant: A" becomes "<|prompter|>Q<|endoftext|><|assistant|>A<|endoftext|>".
+    """
+
+    def __init__(self, model: RewardModel, tokenizer: Tokenizer, policy_tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.policy_tokenizer = model, tokenizer, policy_tokenizer
+
+    def __call__(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        texts = [self.policy_tokenizer.decode(row[keep]) for row, keep in zip(tokens_BT.cpu(), mask_BT.bool().cpu())]
+        if "<|prompter|>" in self.tokenizer.added_ids:
+            texts = map(oasst_dialogue, texts)
+        return self.model.score(*pad_right([self.tokenizer.encode(text) for text in texts], self.model.device)).to(tokens_BT.device)
+
+
+def oasst_dialogue(text: str) -> str:
+    """-> a dialogue of "\\n\\nHuman:" and "\\n\\nAssistant:" turns in OpenAssistant's form; text before the first turn is the prompter's."""
+    speakers = {"Human": "<|prompter|>", "Assistant": "<|assistant|>"}
+    first, *turns = re.split(r"\n\n(Human|Assistant):", text.replace(END_OF_TEXT, ""))
+    turns = (["Human", first] if first.strip() else []) + turns
+    return "".join(f"{speakers[who]}{said.strip()}{END_OF_TEXT}" for who, said in zip(turns[::2], turns[1::2]))
+
+
 def load_reward(name: str, tokenizer: Tokenizer, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> ScoreFn:
-    """-> the score_fn of `--reward`: a reward model's folder or name, or `avoid:FILE`."""
+    """-> the score_fn of `--reward`: a reward model's folder or name, or `avoid:FILE`. `tokenizer` is the policy's."""
     if name.startswith("avoid:"):
         return TextReward(avoid_words(name.removeprefix("avoid:")), tokenizer)
-    return RewardModel.from_pretrained(name, dtype=dtype, device=device)
+    model, own = RewardModel.from_pretrained(name, dtype=dtype, device=device), Tokenizer.from_pretrained(name)
+    return model if own.config["model"]["vocab"] == tokenizer.config["model"]["vocab"] and own.added_ids == tokenizer.added_ids \
+        else ThroughText(model, own, tokenizer)

@@ -1,11 +1,20 @@
-"""Measurements, one JSON line each. Run by hand on an idle machine; no test depends on them.
+"""Measurements, one JSON line each: what was measured, on which device, shapes and dtype, the median of interleaved repeats, peak memory.
 
+    python tests/bench.py load|prefill|generate|sae|ppo|update [--model tiny|70m-random|…|6.9b-random|NAME] [--against transformers|trl]
     python tests/bench.py bow --corpus TRAIN.jsonl.gz --eval-corpus VAL.jsonl.gz --reward tiny-reward --half 1
+
+Run by hand on an idle machine; no test depends on them. A random model has the shape of a Pythia and is written as a checkpoint first, so
+that the real loader is measured. --against needs that library installed (trl 1.12.0, the last release with PPO), which this project does not.
 """
 
 import argparse
 import json
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,9 +22,277 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from pythia import Tokenizer, read_rows  # noqa: E402
+import ppo  # noqa: E402
+from pythia import Pythia, PythiaConfig, Tokenizer, read_rows, write_json, write_safetensors  # noqa: E402
 from reward import RewardModel, cut_pairs, encode_pairs, pad_right, pairs_from_labels  # noqa: E402
+from sae import SAE, SAEConfig, SAETrainer  # noqa: E402
 
+# name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed
+SHAPES = {"trl": (4, 192, 6, 4096), "14m": (6, 128, 4, 50304), "70m": (6, 512, 8, 50304), "160m": (12, 768, 12, 50304),
+          "410m": (24, 1024, 16, 50304), "1b": (16, 2048, 8, 50304), "1.4b": (24, 2048, 16, 50304), "2.8b": (32, 2560, 32, 50304),
+          "6.9b": (32, 4096, 32, 50432), "12b": (36, 5120, 40, 50688)}
+
+
+# ------------------------------------------------------------------------------------------------------------------- models
+
+def random_checkpoint(name: str, folder: Path) -> None:
+    """Write random bfloat16 weights of the shape `name`, a shard for every few layers, with an index, as the hub has them."""
+    layers, hidden, heads, vocab = SHAPES[name]
+    with torch.device("meta"):
+        model = Pythia(cfg := PythiaConfig(vocab, hidden, layers, heads, 4 * hidden))
+    noise = (0.02 * torch.randn(2 ** 22 + 2 ** 16, generator=torch.Generator().manual_seed(0))).bfloat16()       # tiled: writing is quick
+    shards: list[dict[str, Tensor]] = [{}]
+    for i, (key, p) in enumerate(model.named_parameters()):
+        start = 997 * i % 2 ** 16
+        part = noise[start:start + 2 ** 22]
+        value = part.repeat(-(-p.numel() // len(part)))[:p.numel()].view(p.shape)
+        shards[-1][key] = value + 1 if "norm" in key and key.endswith("weight") else value
+        if sum(v.nbytes for v in shards[-1].values()) > 2 ** 30 or i == len(list(model.parameters())) - 1:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_safetensors(folder / f"model-{len(shards):05}.safetensors", shards[-1])
+            shards[-1] = dict.fromkeys(shards[-1])                                                               # the names only
+            shards.append({})
+    weight_map = {key: f"model-{number:05}.safetensors" for number, shard in enumerate(shards, 1) for key in shard}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 2 * sum(p.numel() for p in model.parameters())},
+                                                         "weight_map": weight_map})
+    write_json(folder / "config.json", cfg.to_json(torch.bfloat16))
+
+
+def checkpoint(args: argparse.Namespace, name: str | None = None) -> str:
+    """-> the model's name or folder; NAME-random is written to --cache first, by a process of its own, whose memory is not counted here."""
+    name = name or args.model
+    if not name.endswith("-random"):
+        return name
+    folder = args.cache / name
+    if not (folder / "config.json").exists():
+        subprocess.run([sys.executable, __file__, "write", "--model", name, "--cache", str(args.cache)], check=True)
+    return str(folder)
+
+
+def load(args: argparse.Namespace) -> Pythia:
+    return Pythia.from_pretrained(checkpoint(args), dtype=args.dtype, device=args.device)
+
+
+def random_tokens(model: Pythia, *shape: int) -> Tensor:
+    return torch.randint(4, model.cfg.vocab_size, shape, generator=torch.Generator().manual_seed(1)).to(model.device)
+
+
+# --------------------------------------------------------------------------------------------------------------- measurement
+
+def seconds(args: argparse.Namespace, **contestants: Callable[[], object]) -> dict[str, float]:
+    """-> median seconds of each contestant; they take turns, --repeats times, after one turn that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(args.repeats + 1):
+        for name, run in contestants.items():
+            synchronize(args)
+            start = time.perf_counter()
+            run()
+            synchronize(args)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken[1:] or taken) for name, taken in times.items()}
+
+
+def synchronize(args: argparse.Namespace) -> None:
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def show(args: argparse.Namespace, bench: str, **figures) -> None:
+    """Print one measurement."""
+    figures = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in figures.items()}
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(json.dumps({"bench": bench, "model": args.model, "device": device, "dtype": str(args.dtype).removeprefix("torch.")} | figures
+                     | {"repeats": args.repeats, "peak_gib": round(ppo.peak_memory_gib(args.device), 3)}), flush=True)
+
+
+def compare(args: argparse.Namespace, bench: str, tokens: int, shapes: dict, taken: dict[str, float]) -> None:
+    """Print a line a contestant, and how many times faster than each other one `ours` is."""
+    for name, s in taken.items():
+        ratio = {} if name == "ours" else {"ours_faster": s / taken["ours"]}
+        show(args, bench, who=name, **shapes, seconds=s, tokens_per_second=tokens / s, **ratio)
+
+
+# ------------------------------------------------------------------------------------------------------------------- benches
+
+def bench_load(args: argparse.Namespace) -> None:
+    """Loading; peak_gib is of the whole process, so give it one of its own."""
+    folder = checkpoint(args)
+    start = time.perf_counter()
+    model = Pythia.from_pretrained(folder, dtype=args.dtype, device=args.device)
+    synchronize(args)
+    taken, gib = time.perf_counter() - start, sum(p.nbytes for p in model.parameters()) / 2 ** 30
+    show(args, "load", seconds=taken, weights_gib=gib, peak_over_weights=ppo.peak_memory_gib(args.device) / gib)
+
+
+def bench_trunk(args: argparse.Namespace) -> None:
+    """MLP outputs of layer 1 run two layers: their time beside the whole forward pass's, and the share of layers."""
+    model, layer = load(args), 1
+    tokens_BT = random_tokens(model, 8, 64)
+    with torch.no_grad():
+        taken = seconds(args, mlp_output=lambda: model.mlp_output(tokens_BT, layer), hidden=lambda: model.hidden(tokens_BT))
+    show(args, "trunk", layer=layer, shape=[8, 64], seconds=taken["mlp_output"], whole_seconds=taken["hidden"],
+         share=taken["mlp_output"] / taken["hidden"], share_of_layers=(layer + 1) / model.cfg.num_layers)
+
+
+def theirs(args: argparse.Namespace):
+    """-> the same model by transformers."""
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(Path(__file__).parent.parent / "assets" / "tiny" if args.model == "tiny" else checkpoint(args),
+                                                dtype=args.dtype).to(args.device).eval()
+
+
+@torch.no_grad()
+def bench_prefill(args: argparse.Namespace) -> None:
+    """Logits of a batch of 8 × 128 tokens."""
+    model = load(args)
+    tokens_BT = random_tokens(model, 8, 128)
+    contestants = {"ours": lambda: model(tokens_BT)}
+    if args.against == "transformers":
+        other = theirs(args)
+        contestants["transformers"] = lambda: other(tokens_BT).logits
+    compare(args, "prefill", tokens_BT.numel(), {"shape": [8, 128]}, seconds(args, **contestants))
+
+
+@torch.no_grad()
+def bench_generate(args: argparse.Namespace) -> None:
+    """Cached sampling at temperature 1, prompts of 16 tokens, 48 new ones."""
+    model, (B, T, new) = load(args), (args.batch, 16, 48)
+    prompt_BT = random_tokens(model, B, T)
+    contestants = {"ours": lambda: model.generate(prompt_BT, new)}
+    if args.against == "transformers":
+        other = theirs(args)
+        contestants["transformers"] = lambda: other.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), do_sample=True, top_k=0,
+                                                             max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+    taken = seconds(args, **contestants)
+    figures = {"shape": [B, T, new]}
+    if args.device.type == "cuda":                   # each step reads all weights and the cache so far
+        cache = 2 * model.cfg.num_layers * B * (T + new / 2) * model.cfg.hidden_size * model.dtype.itemsize
+        gib = (sum(p.nbytes for p in model.parameters()) + cache) * new / 2 ** 30
+        figures |= {"share_of_bandwidth": gib / taken["ours"] / copy_bandwidth(args)}
+    compare(args, "generate", B * new, figures, taken)
+
+
+def copy_bandwidth(args: argparse.Namespace) -> float:
+    """-> GiB/s read and written by a copy of 1 GiB."""
+    source = torch.ones(2 ** 28, device=args.device)
+    target = torch.empty_like(source)
+    return 2 / seconds(args, copy=lambda: target.copy_(source))["copy"]
+
+
+def bench_sae(args: argparse.Namespace) -> None:
+    """One training step of the SAE, on rows that are there already: --features features of --width inputs, batch --batch."""
+    D, N = args.width, args.batch
+    cfg = SAEConfig(num_features=args.features, batch_size=N, tokens=10 ** 9)
+    generator = torch.Generator().manual_seed(0)
+    trainer = SAETrainer(SAE(D, args.features, generator).to(args.device), 1.0, cfg, generator)
+    x_ND = torch.randn(N, D, device=args.device)
+    taken = seconds(args, step=lambda: trainer.step(10 ** 5, x_ND))["step"]
+    a_DF, b_FD, bf16 = trainer.sae.W_enc_DF.detach(), trainer.sae.W_dec_FD.detach(), args.device.type == "cuda"
+    if bf16:
+        a_DF, x_ND = a_DF.bfloat16(), x_ND.bfloat16()
+    product = seconds(args, product=lambda: x_ND @ a_DF)["product"]
+    # Five such products: encode and its gradient for W_enc, decode and its two gradients.
+    show(args, "sae", shape=[N, D, b_FD.shape[0]], seconds=taken, rows_per_second=N / taken, share_of_matmul_rate=5 * product / taken)
+
+
+def random_edits(args: argparse.Namespace, model: Pythia, layer: int) -> ppo.EditPolicy:
+    """Coefficients on a random SAE with about 32 active features a token."""
+    sae = SAE(model.cfg.hidden_size, args.features, torch.Generator().manual_seed(0)).to(model.device)
+    with torch.no_grad():
+        x_ND = model.mlp_output(random_tokens(model, 4, 32), layer).flatten(0, 1).float()
+        before_NF = x_ND @ sae.W_enc_DF
+        sae.b_enc_F -= before_NF.quantile(1 - 32 / args.features) if before_NF.numel() < 2 ** 24 else before_NF[0].topk(32).values[-1]
+    return ppo.EditPolicy(model, {layer: ppo.FeatureScale(sae)})
+
+
+class PPOBench:
+    """One PPO iteration of a policy, by phase, on random prompts, with a random reward model of the same shape."""
+
+    def __init__(self, args: argparse.Namespace, policy: ppo.Policy, score_fn: ppo.ScoreFn, cfg: ppo.PPOConfig, prompt_tokens: int):
+        self.policy, self.score_fn, self.cfg, model = policy, score_fn, cfg, policy.model
+        self.prompt_BT = random_tokens(model, cfg.episodes, prompt_tokens)
+        self.critic = ppo.Critic(model.cfg.hidden_size, cfg.response_tokens, model.device)
+        self.optimizer = torch.optim.Adam([*policy.trainable().values(), *self.critic.parameters()], lr=1e-5)
+        self.generator = torch.Generator().manual_seed(0)
+        self.standardize = ppo.Standardize(0.0, 1.0)
+        model.recompute = cfg.recompute
+
+    @torch.no_grad()
+    def generate(self) -> None:
+        mask_BT = torch.ones_like(self.prompt_BT)
+        parts = [ppo.respond(self.policy.model, self.policy.edits, self.prompt_BT[rows], mask_BT[rows], 0, self.cfg, self.generator)
+                 for rows in ppo.slices(self.cfg.episodes, self.cfg.micro_batch)]
+        self.tokens_BT, self.mask_BT = (torch.cat(tensors) for tensors in zip(*parts))
+
+    def reference(self) -> None:
+        """Trunk, features, logprobs of policy and reference, KL."""
+        self.rollout = ppo.join([ppo.observe(self.policy, self.tokens_BT[rows], self.mask_BT[rows], self.cfg)
+                                 for rows in ppo.slices(self.cfg.episodes, self.cfg.micro_batch)])
+
+    def score(self) -> None:
+        ppo.score(self.rollout, self.score_fn, self.standardize, self.critic, self.cfg)
+
+    def update(self) -> None:
+        rollout, cfg = self.rollout, self.cfg
+        rewards_BR = ppo.kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, 0.05)
+        advantages_BR, returns_BR = ppo.gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
+        ppo.update(self.policy, self.critic, self.optimizer, rollout, ppo.whiten(advantages_BR, rollout.mask_BR), returns_BR, cfg, self.generator)
+
+    def iteration(self) -> None:
+        for phase in (self.generate, self.reference, self.score, self.update):
+            phase()
+
+
+def make_policy(args: argparse.Namespace, name: str, model: Pythia, cfg: ppo.PPOConfig) -> ppo.Policy:
+    return random_edits(args, model, args.layer) if name == "coef" else ppo.make_policy(name, model, {}, cfg)
+
+
+def reward_like(model: Pythia) -> RewardModel:
+    """-> a reward model with weights of its own, as big as the policy."""
+    import copy
+    return RewardModel.from_backbone(copy.deepcopy(model), torch.Generator().manual_seed(0)).requires_grad_(False)
+
+
+def bench_ppo(args: argparse.Namespace) -> None:
+    """A PPO iteration by phase: --episodes, prompts and responses of --prompt-tokens and --response-tokens, --epochs."""
+    model = load(args)
+    score_fn = reward_like(model)
+    cfg = ppo.PPOConfig(episodes=args.episodes, response_tokens=args.response_tokens, epochs=args.epochs, minibatches=args.minibatches,
+                        micro_batch=args.micro_batch, samples_per_prompt=1, recompute=args.recompute)
+    runs = {name: PPOBench(args, make_policy(args, name, model, cfg), score_fn, cfg, args.prompt_tokens) for name in args.policies.split(",")}
+    shapes = {"layer": args.layer, "shape": [args.episodes, args.prompt_tokens, args.response_tokens], "epochs": args.epochs}
+    for name, run in runs.items():
+        phases = {phase: seconds(args, **{phase: getattr(run, phase)})[phase] for phase in ("generate", "reference", "score", "update")}
+        show(args, "ppo phases", policy=name, **shapes, **phases, iteration=sum(phases.values()))
+    contestants = {name: run.iteration for name, run in runs.items()}
+    if args.against == "trl":
+        contestants["trl"] = trl_iteration(args)
+    taken = seconds(args, **contestants)
+    for name, s in taken.items():
+        ratios = {f"faster_than_{other}": taken[other] / s for other in taken if other != name}
+        show(args, "ppo iteration", policy=name, **shapes, seconds=s, **ratios)
+
+
+def bench_update(args: argparse.Namespace) -> None:
+    """The update phase alone: coefficients from the cached trunk, the same uncached, all weights; and that the gradients agree."""
+    model = load(args)
+    score_fn = reward_like(model)
+    cfg = ppo.PPOConfig(episodes=args.episodes, response_tokens=args.response_tokens, epochs=1, minibatches=1, micro_batch=args.micro_batch,
+                        samples_per_prompt=1, recompute=args.recompute)
+    runs = {name: PPOBench(args, make_policy(args, name.removesuffix(" uncached"), model, cfg), score_fn, cfg, args.prompt_tokens)
+            for name in ["coef", "coef uncached", *args.policies.replace("coef", "").strip(",").split(",")]}
+    for name, run in runs.items():
+        run.generate(), run.reference(), run.score()
+        if name == "coef uncached":                  # computes the trunk anew in every pass
+            cached = run.policy.hidden
+            run.policy.hidden = lambda tokens, mask, R, trunk, run=run, cached=cached: cached(tokens, mask, R, run.policy.observe(tokens, mask, R))
+    taken = seconds(args, **{name: run.update for name, run in runs.items()})
+    for name, s in taken.items():
+        show(args, "update", policy=name, layer=args.layer, layers_above=model.cfg.num_layers - 1 - args.layer, layers=model.cfg.num_layers,
+             shape=[args.episodes, args.prompt_tokens, args.response_tokens], seconds=s, coef_faster=s / taken["coef"])
+
+
+# -------------------------------------------------------------------------------------------------------------- bag of words
 
 def bag_of_words(rows: list[list[int]], vocab_size: int) -> Tensor:
     """-> log(1 + count) of each token, (rows, V)."""
@@ -70,14 +347,37 @@ def all_pairs_accuracy(chosen: Tensor, rejected: Tensor) -> float:
 
 
 def main() -> None:
+    benches = {"load": bench_load, "trunk": bench_trunk, "prefill": bench_prefill, "generate": bench_generate, "sae": bench_sae,
+               "ppo": bench_ppo, "update": bench_update, "bow": bow, "write": lambda args: random_checkpoint(
+                   args.model.removesuffix("-random"), args.cache / args.model)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["bow"])
-    parser.add_argument("--corpus")
-    parser.add_argument("--eval-corpus")
-    parser.add_argument("--reward", default="tiny-reward")
-    parser.add_argument("--half", type=int, default=0)
+    add = parser.add_argument
+    add("bench", choices=benches)
+    add("--model", default="tiny", help=f"a name, a folder, or one of {', '.join(f'{name}-random' for name in SHAPES)}")
+    add("--against", choices=["transformers", "trl"])
+    add("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add("--repeats", type=int, default=5)
+    add("--cache", type=Path, default=Path(tempfile.gettempdir()) / "pythia-random", help="where random checkpoints are kept")
+    add("--batch", type=int, default=16)
+    add("--features", type=int, default=2048, help="of the SAE")
+    add("--width", type=int, default=256, help="of the SAE's input")
+    add("--policies", default="coef,full", help="which to measure: coef, full, lora")
+    add("--layer", type=int, default=2)
+    add("--episodes", type=int, default=32)
+    add("--prompt-tokens", type=int, default=16)
+    add("--response-tokens", type=int, default=24)
+    add("--epochs", type=int, default=4)
+    add("--minibatches", type=int, default=1)
+    add("--micro-batch", type=int, default=32)
+    add("--recompute", action="store_true", help="activations in the backward pass")
+    add("--corpus")
+    add("--eval-corpus")
+    add("--reward", default="tiny-reward")
+    add("--half", type=int, default=0)
     args = parser.parse_args()
-    {"bow": bow}[args.bench](args)
+    args.dtype = getattr(torch, args.dtype.replace("auto", "bfloat16" if args.device.type == "cuda" else "float32"))
+    benches[args.bench](args)
 
 
 if __name__ == "__main__":

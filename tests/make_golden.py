@@ -5,6 +5,7 @@ Needs an environment of its own, with torch, tiktoken and (unlike the project) t
     python tests/make_golden.py --tokenizer 20B=FILE --tokenizer imdb-4096=FILE               makes everything anew
     python tests/make_golden.py --fuzz --tokenizer NAME=FILE [--corpus FILE]                  compares our Tokenizer with theirs
     python tests/make_golden.py --verify-saved FOLDER …                                       loads what our save_pretrained wrote
+    python tests/make_golden.py --verify-cache                        loads offline what our download fetched, and the other way round
 """
 
 import argparse
@@ -12,9 +13,12 @@ import copy
 import gzip
 import itertools
 import json
+import os
 import random
 import shutil
+import subprocess
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -23,7 +27,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, GPTNeoXModel
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT, SHORTER, NEW, PAD = 9, (9, 6, 2), 12, 3      # tokens of the prompts, of their padded versions, of the continuation; id
@@ -154,6 +158,125 @@ def verify_saved(folder: Path) -> None:
           f"loading problems: {problems or 'none'}")
 
 
+# ------------------------------------------------------------------------------------------------------------ reward models
+
+class OpenAssistantReward(torch.nn.Module):
+    """OpenAssistant's GPTNeoXRewardModel with pooling "last", around transformers' backbone."""
+
+    def __init__(self, config: GPTNeoXConfig):
+        super().__init__()
+        self.gpt_neox, self.out_proj = GPTNeoXModel(config), torch.nn.Linear(config.hidden_size, 1)
+
+    def scores(self, tokens_BT, mask_BT):
+        hidden_BTD = self.gpt_neox(tokens_BT, attention_mask=mask_BT).last_hidden_state
+        return self.out_proj(hidden_BTD)[torch.arange(len(tokens_BT)), mask_BT.cumsum(1).argmax(1), 0]
+
+
+class ScalarModel(torch.nn.Module):
+    """The reward model of the TL;DR reproduction (Huang et al. 2024), whose config holds a bias to subtract."""
+    BIAS = 0.75
+
+    def __init__(self, config: GPTNeoXConfig):
+        super().__init__()
+        self.lm_backbone, self.scalar_head = GPTNeoXModel(config), torch.nn.Linear(config.hidden_size, 1)
+
+    def scores(self, tokens_BT, mask_BT):
+        hidden_BTD = self.lm_backbone(tokens_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states[-1]
+        return (self.scalar_head(hidden_BTD) - self.BIAS)[torch.arange(len(tokens_BT)), mask_BT.sum(1) - 1, 0]
+
+
+class SequenceClassification(GPTNeoXForSequenceClassification):
+    def scores(self, tokens_BT, mask_BT):
+        """One text at a time, unpadded: what transformers takes for the last real token has changed between versions."""
+        return torch.cat([self(row[keep][None]).logits[0] for row, keep in zip(tokens_BT, mask_BT.bool())])
+
+
+# name -> (class, vocabulary, dtype of the files, number of .bin shards (0: safetensors), changes to config.json)
+REWARDS = {
+    "reward-classification": (SequenceClassification, 83, "float32", 0, {}),
+    "reward-classification-shards": (SequenceClassification, 83, "float32", 3, {}),
+    "reward-openassistant": (OpenAssistantReward, 96, "float16", 2, {"model_type": "gpt_neox_reward_model", "pooling": "last",
+                                                                     "architectures": ["GPTNeoXRewardModel"]}),
+    "reward-scalar": (ScalarModel, 83, "float32", 1, None),
+}
+
+
+@torch.no_grad()
+def make_rewards() -> None:
+    """Reward models in the layouts of their four kinds of repository, and their scores of right-padded texts."""
+    for seed, (name, (kind, vocab_size, dtype, shards, changes)) in enumerate(REWARDS.items()):
+        folder = GOLDEN / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        config = GPTNeoXConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                               max_position_embeddings=64, num_labels=1, pad_token_id=PAD, bos_token_id=0, eos_token_id=0,
+                               rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25})
+        model, generator = kind(config).eval(), torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.25
+            parameter.copy_((noise + 1 if "norm" in key and key.endswith("weight") else noise).to(getattr(torch, dtype)))
+        weights = {key: p.to(getattr(torch, dtype)) for key, p in model.named_parameters()}
+        backbone = "lm_backbone" if kind is ScalarModel else "gpt_neox"
+        weights[f"{backbone}.layers.0.attention.masked_bias"] = torch.tensor(-6e4).to(getattr(torch, dtype))
+        save_reward(folder, weights, shards)
+        written = config.to_dict()
+        if kind is ScalarModel:
+            written = {"architectures": ["ScalarModel"], "base_config": written, "base_model": "acme/neo", "bias": ScalarModel.BIAS,
+                       "hidden_size": 32, "torch_dtype": "float32"}
+        (folder / "config.json").write_text(json.dumps(written | (changes or {}), indent=2) + "\n")
+        tokens_BT = torch.randint(4, vocab_size, (5, PROMPT), generator=generator)
+        mask_BT = (torch.arange(PROMPT) < torch.tensor([9, 5, 1, 8, 3])[:, None]).long()
+        expected = {"tokens_BT": tokens_BT.where(mask_BT == 1, PAD), "mask_BT": mask_BT, "scores_B": model.scores(tokens_BT, mask_BT)}
+        save_file(expected, GOLDEN / f"{name}.safetensors")
+        (GOLDEN / f"{name}.safetensors").chmod(0o644)
+        print(f"{name:30} scores {[round(s, 3) for s in expected['scores_B'].tolist()]}")
+
+
+def save_reward(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
+    """Write one safetensors file, one .bin file, or .bin shards with their index."""
+    if shards == 0:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)
+    elif shards == 1:
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        names = list(weights)
+        files = {name: f"pytorch_model-{1 + i * shards // len(names):05}-of-{shards:05}.bin" for i, name in enumerate(names)}
+        for file in sorted(set(files.values())):
+            torch.save({name: weights[name] for name in names if files[name] == file}, folder / file)
+        index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": files}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------- the cache
+
+def verify_cache() -> None:
+    """Our download fetches a sharded checkpoint from a local server and transformers loads it offline; then huggingface_hub fetches and
+    our loader reads offline. Each library in a process of its own, as it reads the environment when imported."""
+    from test_hub import REPO, Hub
+    hub = Hub()
+    hub.add(GOLDEN / "sharded")
+    hub.files["tokenizer.json"] = (GOLDEN.parents[1] / "assets/tiny/tokenizer.json").read_bytes()
+    head = (f"import torch; REPO = {REPO!r}; FILES = {sorted(hub.files)!r}; torch.manual_seed(0); tokens = torch.randint(0, 90, (2, 7))\n"
+            "def show(who, model, logits, ids): print(f'{who}: logits {logits.double().sum():.9f}, tokens {ids}')\n")
+    ours = head + ("from pythia import Pythia, Tokenizer; m = Pythia.from_pretrained(REPO, dtype=torch.float32)\n"
+                   "show('pythia.py   ', m, m(tokens), Tokenizer.from_pretrained(REPO).encode('it was a fine film'))")
+    theirs = head + ("from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast as T\n"
+                     "m = AutoModelForCausalLM.from_pretrained(REPO, dtype=torch.float32).eval()\n"
+                     "show('transformers', m, m(tokens).logits.detach(), T.from_pretrained(REPO).encode('it was a fine film'))")
+    fetch = head + "from huggingface_hub import hf_hub_download\nfor name in FILES: hf_hub_download(REPO, name)\n"
+    for fetcher, reader, what in ((ours, theirs, "fetched by pythia.py, opened offline by transformers"),
+                                  (fetch, ours, "fetched by huggingface_hub, opened offline by pythia.py")):
+        with tempfile.TemporaryDirectory() as home:
+            env = os.environ | {"HF_HOME": home, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server.server_port}",
+                                "PYTHONPATH": str(GOLDEN.parents[1]), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            print(f"{what}:", flush=True)
+            subprocess.run([sys.executable, "-c", fetcher], env=env, check=True)
+            requests = len(hub.take())
+            subprocess.run([sys.executable, "-c", reader], env=env | {"HF_HUB_OFFLINE": "1"}, check=True)
+            print(f"    {requests} requests to fetch, {len(hub.take())} to open")
+
+
 # --------------------------------------------------------------------------------------------------------------- tokenizers
 
 TEXTS = [
@@ -247,6 +370,7 @@ def main() -> None:
     parser.add_argument("--corpus", metavar="FILE", type=Path, help=".jsonl.gz with texts for --fuzz")
     parser.add_argument("--count", type=int, default=2000, help="texts of each kind for --fuzz")
     parser.add_argument("--verify-saved", metavar="FOLDER", type=Path, nargs="+", help="compare logits of our saved checkpoints")
+    parser.add_argument("--verify-cache", action="store_true", help="share a cache of downloads with transformers")
     options = parser.parse_args()
     files = {name: Path(path) for name, path in (pair.split("=", 1) for pair in options.tokenizer)}
     sys.path.insert(0, str(Path(__file__).parents[1]))                       # for pythia
@@ -259,8 +383,11 @@ def main() -> None:
     elif options.verify_saved:
         for folder in options.verify_saved:
             verify_saved(folder)
+    elif options.verify_cache:
+        verify_cache()
     else:
         make_models()
+        make_rewards()
         make_tokenizer_goldens(files)
 
 

@@ -21,7 +21,7 @@ CFG = PPOConfig(iterations=4, episodes=32, samples_per_prompt=2, response_tokens
                 eval_every=3, eval_samples=4, temperature=0.8, checkpoint_seconds=0)
 TEXTS = ["1", "2 + 3", "17 - 4 +", "0", "42 = 6 * 7"]
 one_layer_or_more = pytest.mark.parametrize("layers", [(1,), (0, 2, 3)], ids=str)
-both_policies = pytest.mark.parametrize("name", ["coef", "full"])
+every_policy = pytest.mark.parametrize("name", ["coef", "full", "lora"])
 
 
 def random_sae(model, seed: int) -> SAE:
@@ -34,9 +34,9 @@ def random_sae(model, seed: int) -> SAE:
 
 def random_policy(name, model, layers=(2,), edit="scale", moved=True):
     """A policy whose learned parameters are random, or still at their start."""
-    policy, generator = make_policy(name, model, {layer: random_sae(model, layer) for layer in layers}, edit), torch.Generator()
+    policy, generator = make_policy(name, model, {layer: random_sae(model, layer) for layer in layers}, CFG, edit), torch.Generator()
     for parameter in policy.trainable().values():
-        parameter.data += moved * (0.02 if name == "full" else 0.5) * torch.randn(parameter.shape, generator=generator)
+        parameter.data += moved * (0.5 if name == "coef" else 0.02) * torch.randn(parameter.shape, generator=generator)
     return policy
 
 
@@ -164,7 +164,7 @@ def test_shrink_is_a_soft_threshold():
 
 # ----------------------------------------------------------------------------------------------------------------- rollouts
 
-@both_policies
+@every_policy
 def test_first_ratio_is_exactly_one(name):
     model, generator = random_model(), torch.Generator().manual_seed(0)
     policy, critic = random_policy(name, model, (1, 3)), Critic(32, R, model.device)
@@ -180,7 +180,7 @@ def test_first_ratio_is_exactly_one(name):
         assert losses.ratio == 1 and losses.approx_kl == losses.clipfrac == 0
 
 
-@both_policies
+@every_policy
 def test_logprobs_kl_and_entropy_equal_numpy(name):
     model, (tokens_BT, mask_BT) = random_model(F64), padded()
     policy = random_policy(name, model, (0, 2))
@@ -218,7 +218,7 @@ def test_responses_end_behind_their_first_end_of_text():
     assert rewards_BR.tolist() == [[0.5, 10.5, 0, 0, 0], [0.5, 0.5, 0.5, 0.5, 20.5], [30.5, 0, 0, 0, 0]]
 
 
-@both_policies
+@every_policy
 def test_select_and_join_are_inverse(name):
     tokens_BT, mask_BT = padded()
     rollout = observe(random_policy(name, random_model(), (1,)), tokens_BT, mask_BT, CFG)
@@ -230,7 +230,7 @@ def test_select_and_join_are_inverse(name):
         parts = [select(SparseFeatures(ids_BTA, values_BTA), slice(0, 2)), select(wide, slice(2, 5))]
         assert all(map(torch.equal, join(parts), wide))
     back = join([select(rollout, slice(0, 2)), select(rollout, torch.tensor([2, 3])), select(rollout, slice(4, 5))])
-    assert type(back) is Rollout and type(back.trunk) is Trunk and (back.trunk.resid_BTD is None) == (name == "full")
+    assert type(back) is Rollout and type(back.trunk) is Trunk and (back.trunk.resid_BTD is None) == (name != "coef")
     flat = [[*vars(r).values(), *r.trunk, *(r.trunk.features or ())] for r in (back, rollout)]
     pairs = [(one, other) for one, other in zip(*flat) if isinstance(one, torch.Tensor)]
     assert len(pairs) == (14 if name == "coef" else 11) and all(torch.equal(*pair) for pair in pairs)
@@ -335,7 +335,7 @@ def test_prompts_are_left_padded_and_drawn_evenly():
     assert torch.equal(mask_BT, given.mask_BT[rows])
 
 
-@both_policies
+@every_policy
 def test_evaluation_of_nothing_learned_and_of_something(name):
     model, score_fn = random_model(), lambda tokens_BT, mask_BT: (tokens_BT * mask_BT)[:, -R:].float().mean(1) / 10
     evaluation = Evaluation(model, prompts(), score_fn, CFG, seed=5)
@@ -377,7 +377,41 @@ def test_micro_batches_only_save_memory():
     torch.testing.assert_close(*gradients, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("name, edit, lr", [("coef", "scale+bias", 0.1), ("full", "scale", 3e-3)])
+@pytest.mark.parametrize("targets", [("dense",), ("query_key_value", "dense_4h_to_h")], ids=str)
+def test_lora_is_a_low_rank_change_of_shared_weights(targets):
+    model = random_model()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    policy = make_policy("lora", model, {}, replace(CFG, lora_rank=3, lora_targets=targets))
+    tokens_BT, mask_BT = padded()
+    assert torch.equal(policy.model(tokens_BT, mask_BT), model(tokens_BT, mask_BT)) and policy.n_changed() == 0
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.trainable().values():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    merged = random_model()
+    for name, module in policy.model.named_modules():
+        if name.endswith(targets):
+            merged.get_submodule(name).weight.data += (module.A_DK @ module.B_KD).T
+            assert torch.linalg.matrix_rank(module.A_DK @ module.B_KD) == 3
+    torch.testing.assert_close(policy.model(tokens_BT, mask_BT), merged(tokens_BT, mask_BT), atol=1e-5, rtol=1e-5)
+    assert (merged(tokens_BT, mask_BT) - model(tokens_BT, mask_BT)).abs().max() > 0.01
+    assert len(policy.trainable()) == 2 * len(targets) * model.cfg.num_layers and policy.n_changed() > 0
+    assert all(torch.equal(p, weights[name]) for name, p in policy.reference.named_parameters())
+    assert {id(p) for p in model.parameters()} < {id(p) for p in policy.model.parameters()}       # no second copy of the weights
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "coef"])
+def test_recomputed_activations_give_the_same_gradients(name):
+    gradients = []
+    for recompute in (False, True):
+        policy, (tokens_BT, mask_BT) = random_policy(name, random_model(dtype=F64)), padded()
+        policy.model.recompute = recompute
+        trunk = policy.observe(tokens_BT, mask_BT, R)
+        policy.hidden(tokens_BT, mask_BT, R, trunk).square().sum().backward()
+        gradients.append([p.grad for p in policy.trainable().values() if p.grad is not None])
+    assert len(gradients[0]) > 0 and all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("name, edit, lr", [("coef", "scale+bias", 0.1), ("full", "scale", 3e-3), ("lora", "scale", 1e-2)])
 def test_training_learns_a_planted_reward(tmp_path, name, edit, lr):
     model, cfg = random_model(), replace(CFG, iterations=10, episodes=128, epochs=4, micro_batch=64, lr=lr, temperature=1.0)
     weights = [parameter.clone() for parameter in model.parameters()]
@@ -390,7 +424,7 @@ def test_training_learns_a_planted_reward(tmp_path, name, edit, lr):
     assert all(map(torch.equal, weights, model.parameters()))       # the reference is as it was
 
 
-@both_policies
+@every_policy
 def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name):
     model = random_model()
 
@@ -410,14 +444,15 @@ def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name):
 @pytest.mark.parametrize("field, value", [
     ("episodes", 510), ("episodes", 0), ("episodes", -4), ("samples_per_prompt", 0), ("minibatches", 0), ("minibatches", 3),
     ("iterations", 0), ("response_tokens", 0), ("epochs", 0), ("micro_batch", 0), ("temperature", 0.0), ("kl_horizon", 0.0),
-    ("kl_target", 0.0), ("eval_samples", 0), ("eval_every", 0)])
+    ("kl_target", 0.0), ("eval_samples", 0), ("eval_every", 0), ("lora_rank", 0)])
 def test_config_refuses(field, value):
     assert "--rlhf-" in complaint(PPOConfig, **{field: value})
 
 
 def test_other_misuse_is_explained():
     model = random_model()
-    assert "coef, full" in complaint(make_policy, "lora", model, {})
-    assert "scale, scale+bias" in complaint(make_policy, "coef", model, {}, "shift")
+    assert "coef, full" in complaint(make_policy, "none", model, {}, CFG)
+    assert "scale, scale+bias" in complaint(make_policy, "coef", model, {}, CFG, "shift")
+    assert "--rlhf-lora-targets mlp: choose" in complaint(make_policy, "lora", model, {}, replace(CFG, lora_targets=("dense", "mlp")))
     assert "context of 64" in complaint(prompts, ["1", "2" * 59])
     assert prompts(["1", "2" * 58]).tokens_BT.shape == (2, 59)

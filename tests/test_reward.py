@@ -1,21 +1,25 @@
 """reward.py: pooling, the loss, files of preference pairs, training on a planted rule, functions of text as reward."""
 
+import copy
 import gzip
 import json
+import shutil
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
-from pythia import Pythia, pad_left, read_safetensors
-from reward import (Preference, RewardConfig, RewardModel, TextReward, avoid_words, cut_pairs, cut_randomly, encode_pairs,
-                    evaluate_reward, keep_end, load_preferences, load_reward, pad_right, pairs_from_labels, preference_loss,
-                    train_reward, window)
+from pythia import Pythia, Tokenizer, pad_left, read_json, read_safetensors, write_json, write_safetensors
+from reward import (Preference, RewardConfig, RewardModel, TextReward, ThroughText, avoid_words, cut_pairs, cut_randomly,
+                    encode_pairs, evaluate_reward, keep_end, load_preferences, load_reward, oasst_dialogue, pad_right,
+                    pairs_from_labels, prefix_scores, preference_loss, train_reward, window)
 from train import Run
 
-CPU = torch.device("cpu")
+CPU, GOLDEN, TINY = torch.device("cpu"), Path(__file__).parent / "golden", Tokenizer.from_pretrained("tiny")
 BEGINNING = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"
 
 
@@ -106,7 +110,8 @@ def test_files_round_trip(tmp_path, tied):
     assert config["architectures"] == ["GPTNeoXForSequenceClassification"] and config["num_labels"] == 1
     back = RewardModel.from_pretrained(tmp_path)
     assert torch.equal(back.score(tokens_BT, mask_BT), model.score(tokens_BT, mask_BT))
-    assert torch.equal(load_reward(str(tmp_path), None)(tokens_BT, mask_BT), model.score(tokens_BT, mask_BT))
+    TINY.save_pretrained(tmp_path)
+    assert torch.equal(load_reward(str(tmp_path), TINY)(tokens_BT, mask_BT), model.score(tokens_BT, mask_BT))
     assert not any(p.requires_grad for p in back.parameters())
 
 
@@ -116,6 +121,65 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     random_reward().save_pretrained(tmp_path / "reward")
     assert "embed_out.weight" in complaint(Pythia.from_pretrained, tmp_path / "reward")
     assert "not found" in complaint(load_reward, str(tmp_path / "none"), Characters())
+
+
+@pytest.mark.parametrize("name", ["reward-classification", "reward-classification-shards", "reward-openassistant", "reward-scalar"])
+def test_reward_models_of_the_hub_score_as_their_own_code_does(name):
+    model, want = RewardModel.from_pretrained(GOLDEN / name, dtype=torch.float32), read_safetensors(GOLDEN / f"{name}.safetensors")
+    scores_B = model.score(want["tokens_BT"], want["mask_BT"])
+    assert want["scores_B"].std() > 0.1
+    torch.testing.assert_close(scores_B, want["scores_B"], atol=1e-5, rtol=0)
+
+
+def test_unknown_heads_and_poolings_are_refused(tmp_path):
+    for name, changes in (("head", {"v_head.summary.weight": torch.zeros(1, 32)}), ("two", {"score.weight": torch.zeros(2, 32)})):
+        shutil.copytree(GOLDEN / "reward-classification", tmp_path / name)
+        weights = read_safetensors(tmp_path / name / "model.safetensors")
+        del weights["score.weight"]
+        write_safetensors(tmp_path / name / "model.safetensors", weights | changes)
+    said = complaint(RewardModel.from_pretrained, tmp_path / "head")
+    assert "lacks 2 tensor(s): 'head.bias', 'head.weight'; has unknown 1 tensor(s): 'v_head.summary.weight'" in said
+    assert "has shape (2, 32)" in complaint(RewardModel.from_pretrained, tmp_path / "two")
+    shutil.copytree(GOLDEN / "reward-openassistant", tmp_path / "mean")
+    config = read_json(tmp_path / "mean" / "config.json")
+    write_json(tmp_path / "mean" / "config.json", config | {"pooling": "mean"})
+    assert "pooling 'mean'" in complaint(RewardModel.from_pretrained, tmp_path / "mean")
+
+
+def other_tokenizer(*added: str) -> Tokenizer:
+    """The tiny model's tokenizer with all ids one higher, and `added` special tokens."""
+    config = copy.deepcopy(TINY.config)
+    config["model"]["vocab"] = {token: i + 1 for token, i in config["model"]["vocab"].items()}
+    for token in config["added_tokens"]:
+        token["id"] += 1
+    top = TINY.vocab_size + 1
+    config["added_tokens"] += [dict(config["added_tokens"][0], content=content, id=top + i) for i, content in enumerate(added)]
+    return Tokenizer(config)
+
+
+def test_a_reward_model_with_another_tokenizer_scores_the_text(tmp_path):
+    """Its ids are one higher and so are the rows of its embedding: scores must be those of the model with the policy's own ids."""
+    model = RewardModel.from_backbone(random_model(vocab_size=4160), seeded()).requires_grad_(False)
+    moved = copy.deepcopy(model)
+    moved.gpt_neox.embed_in.weight.data = model.gpt_neox.embed_in.weight.roll(1, 0)
+    moved.save_pretrained(tmp_path)
+    other_tokenizer().save_pretrained(tmp_path)
+    eot, texts = TINY.end_of_text, ["A fine film.", "the worst  I have seen<|endoftext|>", "é — 好"]
+    tokens_BT, mask_BT = pad_left([[eot, *TINY.encode(text)] for text in texts], eot)
+    score_fn = load_reward(str(tmp_path), TINY)
+    assert type(score_fn) is ThroughText and not hasattr(score_fn, "prefixes")
+    torch.testing.assert_close(score_fn(tokens_BT, mask_BT), model.score(tokens_BT, mask_BT), atol=1e-5, rtol=0)
+
+
+def test_openassistant_reads_dialogues_in_its_own_form():
+    said = []
+    tokenizer = other_tokenizer("<|prompter|>", "<|assistant|>")
+    model = SimpleNamespace(device=CPU, score=lambda tokens_BT, mask_BT: said.extend(tokens_BT[mask_BT.bool()].tolist()) or torch.zeros(1))
+    text = "<|endoftext|>\n\nHuman: Is it good?\n\nAssistant: Very. See it!<|endoftext|>"
+    ThroughText(model, tokenizer, TINY)(torch.tensor([TINY.encode(text)]), torch.ones(1, len(TINY.encode(text))))
+    assert tokenizer.decode(said) == "<|prompter|>Is it good?<|endoftext|><|assistant|>Very. See it!<|endoftext|>"
+    assert said[0] == tokenizer.added_ids["<|prompter|>"]
+    assert oasst_dialogue("no turns") == "<|prompter|>no turns<|endoftext|>"
 
 
 # ------------------------------------------------------------------------------------------------------------------- pairs
@@ -210,6 +274,18 @@ def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, random_cut):
     state, (resumed, other) = train(run), killed_and_resumed(tmp_path / "b", 5, train)
     assert all(map(torch.equal, state.values(), resumed.values())) and run.rows() == other.rows()
     assert [row["step"] for row in run.rows()] == [0, 10, 11]
+
+
+def test_prefix_scores_are_those_of_the_texts_cut_there():
+    model = random_reward()
+    chosen, rejected = ([random_tokens(n, seed=n).tolist() for n in lengths] for lengths in ((9, 3, 2), (5, 8, 2)))
+    got = prefix_scores(model, *pad_right(chosen + rejected, CPU), shortest=3)
+    cuts = [(c[:n], r[:n]) for c, r in zip(chosen, rejected) for n in range(3, 10) if n <= min(len(c), len(r))]
+    assert len(cuts) == 4
+    for scores_X, side in zip(got, (0, 1)):
+        want_X = torch.cat([model.score(*pad_right([cut[side]], CPU)) for cut in cuts])
+        torch.testing.assert_close(scores_X, want_X, atol=1e-5, rtol=0)
+    assert len(prefix_scores(model, *pad_right(chosen[2:] + rejected[2:], CPU), shortest=3)[0]) == 1      # shorter than the shortest
 
 
 def test_too_few_pairs_are_refused(tmp_path):
