@@ -27,7 +27,7 @@ ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> s
 class RewardConfig:
     """--stage reward"""
 
-    epochs: int = 2                      # passes over the pairs
+    epochs: int = 3                      # passes over the pairs
     batch_size: int = 32                 # pairs a step
     max_tokens: int = 256                # longest text, the leading end-of-text token included
     min_tokens: int = 16                 # label pairs are cut to a random length from here to max_tokens
