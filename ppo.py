@@ -33,18 +33,19 @@ EDITS = ("scale", "scale+bias")
 class PPOConfig:
     """--stage rlhf"""
 
-    iterations: int = 28                 # rollouts, each followed by `epochs` passes over it
+    iterations: int = 20                 # rollouts, each followed by `epochs` passes over it
     episodes: int = 512                  # responses a rollout
     samples_per_prompt: int = 4          # responses to each prompt of a rollout
     response_tokens: int = 24            # R; a response is cut behind its first end-of-text token
     temperature: float = 1.0             # of sampling, and of the policy's and the reference's logprobs alike
     epochs: int = 1                      # passes over a rollout (Ziegler: 4; steps are small here, and a new rollout is worth more)
     minibatches: int = 4                 # optimizer steps a pass
-    micro_batch: int = 128               # episodes a forward pass; lower it to save memory
+    micro_batch: int = 64                # episodes a forward pass; lower it to save memory
+    generate_batch: int = 512            # responses sampled at once; lower it to save memory (keys and values of all of them)
     recompute: bool = False              # recompute activations in the backward pass: less memory, a third more time
     lora_rank: int = 8                   # of --policy lora
     lora_targets: tuple[str, ...] = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")      # layers that get an adapter
-    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.15 for coefficients, 3e-5 for weights, 1e-3 for adapters
+    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.25 for coefficients, 3e-5 for weights, 1e-3 for adapters
     critic_lr: float = 3e-3              # of the value head
     adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
     gamma: float = 1.0                   # discount
@@ -61,7 +62,7 @@ class PPOConfig:
 
     def __post_init__(self):
         for name in ("iterations", "episodes", "samples_per_prompt", "response_tokens", "temperature", "epochs", "minibatches", "micro_batch",
-                     "kl_target", "kl_horizon", "eval_every", "eval_samples", "lora_rank"):
+                     "generate_batch", "kl_target", "kl_horizon", "eval_every", "eval_samples", "lora_rank"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--rlhf-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
@@ -101,9 +102,12 @@ class FeatureScale(nn.Module):
     def change(self, features: SparseFeatures) -> Tensor:
         """((c − 1) ⊙ f) W_dec (+ b W_dec) -> change_BTD. A token has some 30 active features of thousands; only theirs are added up."""
         B, T, A = features.ids_BTA.shape
-        ids_NA, values_NA = features.ids_BTA.view(-1, A), features.values_BTA.view(-1, A)
-        scale_NA = (self.coef_F - 1).index_select(0, ids_NA.flatten()).view(-1, A) * values_NA
-        change_BTD = F.embedding_bag(ids_NA, self.sae.W_dec_FD, per_sample_weights=scale_NA, mode="sum").view(B, T, -1)
+        active_NA = features.values_BTA.view(-1, A) != 0
+        count_N = active_NA.sum(1)
+        id_X, value_X = (part_BTA.view(-1, A)[active_NA] for part_BTA in features)             # X: all active features of all tokens
+        scale_X = (self.coef_F - 1).index_select(0, id_X) * value_X
+        change_BTD = F.embedding_bag(id_X, self.sae.W_dec_FD, count_N.cumsum(0) - count_N, per_sample_weights=scale_X,
+                                     mode="sum").view(B, T, -1)
         return change_BTD if self.bias_F is None else change_BTD + self.bias_F @ self.sae.W_dec_FD
 
     @torch.no_grad()
@@ -146,7 +150,7 @@ class EditPolicy:
     r + change and the layers above. Features of higher edited layers do depend on it and are computed anew, with gradient.
     """
 
-    default_lr = 0.15
+    default_lr = 0.25
 
     def __init__(self, model: Pythia, edits: dict[int, FeatureScale]):
         self.model = self.reference = model
@@ -327,11 +331,8 @@ def join(parts: list):
 def collect_rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
                      generator: torch.Generator) -> Rollout:
     """Sample one response a row of the prompts, and compute all that an iteration needs of them, in micro-batches."""
-    parts = []
-    for rows in slices(len(prompt_BT), cfg.micro_batch):
-        parts.append(observe(policy, *respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg,
-                                              generator), cfg))
-    return join(parts)
+    tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT, prompt_mask_BT, end_of_text, cfg, generator)
+    return join([observe(policy, tokens_BT[rows], mask_BT[rows], cfg) for rows in slices(len(tokens_BT), cfg.micro_batch)])
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -343,7 +344,8 @@ def respond(model: Pythia, edits, prompt_BT: Tensor, prompt_mask_BT: Tensor, end
             generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out."""
     R = cfg.response_tokens
-    tokens_BT = model.generate(prompt_BT, R, prompt_mask_BT, cfg.temperature, edits, generator)
+    tokens_BT = torch.cat([model.generate(prompt_BT[rows], R, prompt_mask_BT[rows], cfg.temperature, edits, generator)
+                           for rows in slices(len(prompt_BT), cfg.generate_batch)])
     ended_BR = (tokens_BT[:, -R:] == end_of_text).long()
     mask_BR = (ended_BR.cumsum(1) - ended_BR == 0).long()
     return tokens_BT, torch.cat([prompt_mask_BT, mask_BR], dim=1)
@@ -357,16 +359,17 @@ def observe(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig) 
     trunk = policy.observe(tokens_BT, mask_BT, R)
     logp_BRV = next_logprobs(policy.model, policy.hidden(tokens_BT, mask_BT, R, trunk), cfg.temperature)
     ref_logp_BRV = next_logprobs(policy.reference, trunk.ref_hidden_BRD, cfg.temperature)
-    kl_BR = (logp_BRV.exp() * (logp_BRV - ref_logp_BRV)).sum(-1) * mask_BR
-    entropy_BR = -(logp_BRV.exp() * logp_BRV).sum(-1) * mask_BR
-    return Rollout(tokens_BT, mask_BT, mask_BR, trunk, pick(logp_BRV, response_BR), pick(ref_logp_BRV, response_BR),
-                   kl_BR, entropy_BR)
+    logprobs_BR, ref_logprobs_BR, p_BRV = pick(logp_BRV, response_BR), pick(ref_logp_BRV, response_BR), logp_BRV.exp()
+    entropy_BR = -torch.linalg.vecdot(p_BRV, logp_BRV) * mask_BR
+    kl_BR = torch.linalg.vecdot(p_BRV, logp_BRV.sub_(ref_logp_BRV)) * mask_BR            # in place: these are the largest tensors of all
+    return Rollout(tokens_BT, mask_BT, mask_BR, trunk, logprobs_BR, ref_logprobs_BR, kl_BR, entropy_BR)
 
 
 def next_logprobs(model: Pythia, hidden_BRD: Tensor, temperature: float) -> Tensor:
     """-> log-probabilities of the next token, float32 or better whatever the model's dtype, logprobs_BRV."""
-    logits_BRV = model.embed_out(hidden_BRD)
-    return torch.log_softmax((logits_BRV if logits_BRV.dtype == torch.float64 else logits_BRV.float()) / temperature, dim=-1)
+    logits_BRV = model.embed_out(hidden_BRD.contiguous())           # one matrix product, where a slice of T would become B small ones
+    logits_BRV = logits_BRV if logits_BRV.dtype == torch.float64 else logits_BRV.float()
+    return torch.log_softmax(logits_BRV.div_(temperature), dim=-1)
 
 
 def pick(logprobs_BRV: Tensor, tokens_BR: Tensor) -> Tensor:
@@ -644,9 +647,7 @@ class Evaluation:
         """Sample and score, the same uniforms in every call."""
         generator = torch.Generator().manual_seed(self.seed)
         tokens_BT, mask_BT = (t.repeat_interleave(self.cfg.eval_samples, 0) for t in (self.prompts.tokens_BT, self.prompts.mask_BT))
-        parts = [respond(model, edits, tokens_BT[rows], mask_BT[rows], self.prompts.end_of_text, self.cfg, generator)
-                 for rows in slices(len(tokens_BT), self.cfg.micro_batch)]
-        tokens_BT, mask_BT = (torch.cat(tensors) for tensors in zip(*parts))
+        tokens_BT, mask_BT = respond(model, edits, tokens_BT, mask_BT, self.prompts.end_of_text, self.cfg, generator)
         return Evaluated({}, tokens_BT, mask_BT, score_in_batches(self.score_fn, tokens_BT, mask_BT, self.cfg.micro_batch))
 
     def __call__(self, policy: Policy) -> Evaluated:

@@ -43,7 +43,7 @@ class SAEConfig:
     buffer_rows: int = 262_144           # rows shuffled together, in the model's dtype
     text_tokens: int = 262_144           # tokens sampled from the model to train on, where there is no --corpus
     eval_tokens: int = 32_768            # held-out tokens for the final figures
-    context: int = 0                     # tokens a window; 0: 256, or less where the model has less; 128 for models above 1 B
+    context: int = 128                   # tokens a window, or less where the model has less
     checkpoint_seconds: float = 120.0    # between resumable states
 
     def __post_init__(self):
@@ -52,8 +52,8 @@ class SAEConfig:
         for name in ("num_features", "batch_size", "tokens", "buffer_rows", "eval_tokens", "resample_rows", "text_tokens", "lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--sae-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        if self.context < 0 or self.context == 1:
-            raise UserError(f"--sae-context {self.context}: a window needs at least 2 tokens (0: the model's default)")
+        if self.context < 2:
+            raise UserError(f"--sae-context {self.context}: a window needs at least 2 tokens")
         if self.buffer_rows < 2 * self.batch_size:
             raise UserError(f"--sae-buffer-rows {self.buffer_rows} must hold at least two batches of {self.batch_size}")
 

@@ -238,7 +238,7 @@ def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokeni
     path = run.folder / "text.safetensors"
     if path.exists():
         return tuple(read_safetensors(path)[name] for name in ("train", "heldout"))
-    context = cfg.context or min(model.cfg.max_positions, 256 if model.cfg.num_layers < 16 else 128)
+    context = min(cfg.context, model.cfg.max_positions)
     heldout = max(1, cfg.eval_tokens // context)
     if args.corpus:
         windows_BT = token_windows(read_texts(args.corpus), tokenizer, context)
@@ -256,8 +256,8 @@ def sample_windows(model: Pythia, tokenizer: Tokenizer, number: int, context: in
     """-> tokens_BT sampled from the model, each window from an end-of-text token on."""
     chunks = []
     with tqdm(total=number * context, desc="sample text", unit="tok", unit_scale=True) as bar:
-        for start in range(0, number, 256):
-            prompt_BT = torch.full((min(256, number - start), 1), tokenizer.end_of_text, device=model.device)
+        for start in range(0, number, 512):
+            prompt_BT = torch.full((min(512, number - start), 1), tokenizer.end_of_text, device=model.device)
             chunks.append(model.generate(prompt_BT, context - 1, generator=generator).int().cpu())
             bar.update(chunks[-1].numel())
     return torch.cat(chunks)

@@ -8,6 +8,7 @@ that the real loader is measured. --against needs that library installed (trl 1.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -249,8 +250,46 @@ def make_policy(args: argparse.Namespace, name: str, model: Pythia, cfg: ppo.PPO
 
 def reward_like(model: Pythia) -> RewardModel:
     """-> a reward model with weights of its own, as big as the policy."""
-    import copy
     return RewardModel.from_backbone(copy.deepcopy(model), torch.Generator().manual_seed(0)).requires_grad_(False)
+
+
+def trl_iteration(args: argparse.Namespace) -> Callable[[], None]:
+    """-> a function that has TRL's PPOTrainer do one more iteration, in a thread that waits between them, so that it takes turns with ours.
+    Policy, reference, value and reward model have our policy's shape each."""
+    import threading
+
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    folder, go, done = checkpoint(args), threading.Semaphore(0), threading.Semaphore(0)
+
+    class TakeTurns(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            done.release()
+            go.acquire()
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(__file__).parent.parent / "assets" / "tiny" / "tokenizer.json"),
+                                        eos_token="<|endoftext|>", pad_token="<|padding|>")
+    cfg = PPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.episodes, gradient_accumulation_steps=1,
+                    num_mini_batches=args.minibatches, num_ppo_epochs=args.epochs, response_length=args.response_tokens, report_to="none",
+                    total_episodes=args.episodes * (args.repeats + 5), use_cpu=args.device.type == "cpu", bf16=False, save_strategy="no",
+                    gradient_checkpointing=False, num_sample_generations=0, logging_strategy="no")
+    prompts = torch.randint(4, 4000, (4 * args.episodes, args.prompt_tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype) for _ in range(2))
+    value, scorer = (AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=args.dtype) for _ in range(2))
+    trainer = PPOTrainer(cfg, tokenizer, policy, reference, scorer, Dataset.from_dict({"input_ids": prompts}), value, callbacks=[TakeTurns()])
+    threads = torch.get_num_threads()
+
+    def train() -> None:
+        torch.set_num_threads(threads)
+        go.acquire()
+        trainer.train()
+    threading.Thread(target=train, daemon=True).start()
+
+    def one_more() -> None:
+        go.release()
+        done.acquire()
+    return one_more
 
 
 def bench_ppo(args: argparse.Namespace) -> None:
