@@ -37,7 +37,7 @@ SHAPES = {"trl": (4, 192, 6, 4096), "14m": (6, 128, 4, 50304), "70m": (6, 512, 8
 # ------------------------------------------------------------------------------------------------------------------- models
 
 def random_checkpoint(name: str, folder: Path) -> None:
-    """Write random bfloat16 weights of the shape `name`, a shard for every few layers, with an index, as the hub has them."""
+    """Write random bfloat16 weights of the shape `name`, in shards of 4 GiB with an index, as the hub has them."""
     layers, hidden, heads, vocab = SHAPES[name]
     with torch.device("meta"):
         model = Pythia(cfg := PythiaConfig(vocab, hidden, layers, heads, 4 * hidden))
@@ -48,7 +48,7 @@ def random_checkpoint(name: str, folder: Path) -> None:
         part = noise[start:start + 2 ** 22]
         value = part.repeat(-(-p.numel() // len(part)))[:p.numel()].view(p.shape)
         shards[-1][key] = value + 1 if "norm" in key and key.endswith("weight") else value
-        if sum(v.nbytes for v in shards[-1].values()) > 2 ** 30 or i == len(list(model.parameters())) - 1:
+        if sum(v.nbytes for v in shards[-1].values()) > 2 ** 32 or i == len(list(model.parameters())) - 1:
             folder.mkdir(parents=True, exist_ok=True)
             write_safetensors(folder / f"model-{len(shards):05}.safetensors", shards[-1])
             shards[-1] = dict.fromkeys(shards[-1])                                                               # the names only
