@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pythia import (DTYPES, Pythia, PythiaConfig, Tokenizer, UserError, attention_mask, pad_left, read_safetensors, sample,
+from pythia import (DTYPES, Pythia, PythiaConfig, Tokenizer, UserError, attention_mask, bytes_of_characters, pad_left, read_safetensors, sample,
                     write_json, write_safetensors)
 
 REPO = Path(__file__).parents[1]
@@ -362,11 +362,12 @@ def test_decode_ignores_unknown_ids_and_survives_broken_bytes(golden_tokenizer):
 
 
 def test_tokenizer_refuses_other_kinds():
-    config = {"model": {"type": "BPE", "vocab": {"a": 0}}, "normalizer": None,
-              "added_tokens": [{"id": 1, "content": "<|endoftext|>", "special": True}],
+    vocab = bytes_of_characters()                                # the id of a byte is its value
+    config = {"model": {"type": "BPE", "vocab": vocab}, "normalizer": None,
+              "added_tokens": [{"id": 256, "content": "<|endoftext|>", "special": True}],
               "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
-    assert Tokenizer(config).encode("a<|endoftext|>a") == [0, 1, 0]
-    for change in ({"model": {"type": "WordPiece", "vocab": {"a": 0}}}, {"model": {"type": "BPE", "vocab": {"日": 0}}},
+    assert Tokenizer(config).encode("a<|endoftext|>a") == [97, 256, 97]
+    for change in ({"model": {"type": "WordPiece", "vocab": vocab}}, {"model": {"type": "BPE", "vocab": vocab | {"日": 257}}},
                    {"model": None}, {"pre_tokenizer": None}, {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
                    {"normalizer": {"type": "NFKC"}}, {"added_tokens": []}):
         assert complaint(Tokenizer, config | change, "x/tokenizer.json").startswith("x/tokenizer.json: ")
