@@ -447,13 +447,14 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
         rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
         score(rollout, score_fn, standardize, critic, cfg)                             # the reward model's only appearance
-        check_finite(f"rlhf, step {iteration}", reward=rollout.scores_B, value=rollout.values_BR, kl=rollout.kl_BR)
+        check_finite(where := f"rlhf, step {iteration}", activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
+                     value=rollout.values_BR, kl=rollout.kl_BR)
         rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, kl.coef)
         advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
         advantages_BR = whiten(advantages_BR, rollout.mask_BR)
         for group, peak in zip(optimizer.param_groups, (lr, cfg.critic_lr)):
             group["lr"] = peak * (1 - iteration / cfg.iterations)
-        figures = update(policy, critic, optimizer, rollout, advantages_BR, returns_BR, cfg, generator, f"rlhf, step {iteration}")
+        figures = update(policy, critic, optimizer, rollout, advantages_BR, returns_BR, cfg, generator, where)
         figures |= rollout_figures(rollout, standardize.undo(rollout.scores_B), returns_BR, kl.coef, prompts.end_of_text)
         kl.update(rollout.mean_kl)
         figures |= {"n_changed": policy.n_changed(), "episodes_per_second": cfg.episodes / (time.monotonic() - start)}

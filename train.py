@@ -347,6 +347,7 @@ class Run:
         """Every `seconds`, and when the run was asked to stop, save the log and the state of `parts` (anything with a state_dict) after
         `step` steps."""
         if self.stopped or time.monotonic() - self.saved > seconds:
+            signal.alarm(0)                          # a save in progress may take its time
             log = self.folder / "metrics.jsonl"
             states = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()}
             save_state(self.folder / "state.pt", {"step": step, "log": log.read_text() if log.exists() else "", **states})
@@ -386,7 +387,7 @@ class Run:
         self.lock.close()
 
     def discard(self) -> None:
-        """Remove the folder of a stage that was refused before it logged anything, so that the mended command can be given again."""
+        """Remove the folder of a stage that failed before it logged anything, so that the mended command can be given again."""
         if self.fresh and not (self.folder / "metrics.jsonl").exists():
             shutil.rmtree(self.folder)
 
@@ -489,7 +490,7 @@ def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:
             start = time.monotonic()
             try:
                 figures = function(args, cfg, run)
-            except UserError:
+            except Exception:
                 run.discard()
                 raise
             figures = run.finish(figures | {"seconds": round(time.monotonic() - start, 2)})

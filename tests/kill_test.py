@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -185,6 +186,21 @@ def stop_politely(stage: Stage, number: signal.Signals, rng: random.Random) -> s
     assert wait(start(command(stage.name, out)))[0] == 0
     stage.check(out)
     return f"{stage.name}: {number.name} stopped it after {seconds:.2f} s with exit code {code}; 0 runs with other bits"
+
+
+def sample() -> None:
+    """The cheapest of it, for the test suite."""
+    rng = random.Random(1)
+    with tempfile.TemporaryDirectory() as root:
+        stage = Stage("lm", Path(root))
+        print(kill_and_resume(stage, 2, rng), fill_disk(stage, [0, 2000, 100_000]), stop_politely(stage, signal.SIGTERM, rng), sep="\n")
+
+
+def test_a_sample():
+    """In a process of its own: this one's threads do not survive a fork."""
+    ended = subprocess.run([sys.executable, "-c", "import kill_test; kill_test.sample()"], cwd=Path(__file__).parent, text=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert ended.returncode == 0 and ended.stdout.count("0 runs with other bits") == 3, ended.stdout + ended.stderr
 
 
 def main() -> None:
