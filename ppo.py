@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import Pythia, Tokenizer, UserError, pad_left
+from pythia import Pythia, Tokenizer, UserError, check_finite, pad_left
 from sae import SAE
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
@@ -499,12 +499,14 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
         rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
         score(rollout, score_fn, standardize, critic, cfg)                             # the reward model's only appearance
+        check_finite(where := f"rlhf, step {iteration}", activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
+                     value=rollout.values_BR, kl=rollout.kl_BR)
         rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, kl.coef)
         advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
         advantages_BR = whiten(advantages_BR, rollout.mask_BR)
         for group, peak in zip(optimizer.param_groups, (lr, cfg.critic_lr)):
             group["lr"] = peak * (1 - iteration / cfg.iterations)
-        figures = update(policy, critic, optimizer, rollout, advantages_BR, returns_BR, cfg, generator)
+        figures = update(policy, critic, optimizer, rollout, advantages_BR, returns_BR, cfg, generator, where)
         figures |= rollout_figures(rollout, standardize.undo(rollout.scores_B), returns_BR, kl.coef, prompts.end_of_text)
         kl.update(rollout.mean_kl)
         figures |= {"n_changed": policy.n_changed(), "episodes_per_second": cfg.episodes / (time.monotonic() - start)}
@@ -518,7 +520,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
 
 
 def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, rollout: Rollout, advantages_BR: Tensor, returns_BR: Tensor,
-           cfg: PPOConfig, generator: torch.Generator) -> dict:
+           cfg: PPOConfig, generator: torch.Generator, where: str = "update") -> dict:
     """`epochs` passes over the rollout in shuffled minibatches -> means of the losses over all of them."""
     size, R, figures = cfg.episodes // cfg.minibatches, cfg.response_tokens, []
     for _ in range(cfg.epochs):
@@ -533,6 +535,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, rol
                 share = batch.mask_BR.sum() / rollout.mask_BR[rows].sum()      # of the minibatch's tokens: the mean is over all of them
                 (losses.total * share).backward()
                 figures.append(torch.stack([loss.detach() * share for loss in losses]))
+            check_finite(where, optimizer, loss=torch.stack(figures))
             optimizer.step()
             policy.after_step(optimizer.param_groups[0]["lr"], cfg)
     means = torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)

@@ -26,6 +26,7 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,18 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16")))
 
 
+def check_finite(where: str, optimizer: torch.optim.Optimizer | None = None, **quantities: Tensor | float) -> None:
+    """UserError that names the first quantity with a NaN or an infinity in it, the optimizer's gradients last. Called before a step: the
+    weights and the saved state are still good then."""
+    if optimizer:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        quantities["gradient"] = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    for name, value in quantities.items():
+        if not torch.as_tensor(value).isfinite().all():
+            raise UserError(f"{where}: {name} is NaN or infinite; the step was not applied and the last saved state is good: "
+                            "lower the learning rate, or try --dtype float32")
+
+
 # ------------------------------------------------------------------------------------------------------------ configuration
 
 @dataclass(frozen=True)
@@ -74,11 +87,11 @@ class PythiaConfig:
 
     def __post_init__(self):
         sizes = (self.vocab_size, self.hidden_size, self.num_layers, self.num_heads, self.intermediate_size, self.max_positions)
-        if not all(type(size) is int and size > 0 for size in sizes):
-            raise UserError(f"model config: sizes must be positive whole numbers, found {sizes}")
+        if not all(type(size) is int and 0 < size < 2 ** 24 for size in sizes) or self.num_layers > 1000:
+            raise UserError(f"model config: sizes must be positive whole numbers below 2 ** 24, layers at most 1000, found {sizes}")
         if self.hidden_size % self.num_heads:
             raise UserError(f"model config: hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads")
-        if not (self.layer_norm_eps > 0 and self.rotary_base > 0):
+        if not (0 < self.layer_norm_eps < math.inf and 0 < self.rotary_base < math.inf):
             raise UserError(f"model config: layer_norm_eps {self.layer_norm_eps} and rotary base {self.rotary_base} must be positive")
         if not 0 < self.rotary_pct <= 1 or self.rotary_dims % 2:
             raise UserError(f"model config: rotary_pct {self.rotary_pct} turns {self.rotary_dims} of {self.head_size} dimensions "
@@ -117,7 +130,7 @@ class PythiaConfig:
                 parallel_residual=bool(config.get("use_parallel_residual", True)),
                 tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{source}: missing or malformed field: {error!r}") from None
 
     def to_json(self, dtype: torch.dtype) -> dict:
@@ -419,12 +432,13 @@ def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
 
     torch.multinomial draws a random number for every entry of the vocabulary, 20 times the cost of a softmax and a cumsum.
     The last entry of a float32 cumsum is not quite 1, so the uniform is scaled by it; as it is never 0, an entry of
-    probability 0 is never drawn.
+    probability 0 is never drawn. Where logits are NaN, the last token is "drawn"; who uses them finds out (`check_finite`).
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
     cumulative_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).cumsum(-1)
-    return torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:]).squeeze(-1)
+    drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:])
+    return drawn_B1.squeeze(-1).clamp(max=logits_BV.shape[-1] - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokenizer
@@ -449,15 +463,17 @@ class Tokenizer:
             supported = (model["type"] == "BPE" and pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer.get("add_prefix_space")
                          and normalizer.get("type", "NFC") == "NFC")
             all_ids = [*ranks.values(), *ids.values()]
-            if not all(type(i) is int and i >= 0 for i in all_ids) or len(set(all_ids)) < len(all_ids):
-                raise ValueError("ids must be whole numbers, each given once")
+            if not all(type(i) is int and 0 <= i < 2 ** 24 for i in all_ids) or len(set(all_ids)) < len(all_ids):
+                raise ValueError("ids must be whole numbers below 2 ** 24, each given once")
+            if not UTF8_BYTES <= ranks.keys() or "" in added:
+                raise ValueError("some byte of UTF-8 is no token, or an added token is empty")
+            self.encoding = tiktoken.Encoding(str(source), pat_str=self.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=ids)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{source}: not a byte-level BPE tokenizer.json: {error!r}") from None
         if not supported:
             raise UserError(f"{source}: only byte-level BPE without a prefix space, with NFC or no normalisation, is supported")
         self.config = config
         self.nfc = bool(normalizer)
-        self.encoding = tiktoken.Encoding(str(source), pat_str=self.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=ids)
         self.added_ids = ids
         self.known_ids = set(all_ids)
         self.vocab_size = max(self.known_ids) + 1
@@ -496,6 +512,9 @@ class Tokenizer:
         return self.encoding.decode([i for i in map(int, ids) if i in self.known_ids])
 
 
+UTF8_BYTES = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}     # all that occur in it
+
+
 def bytes_of_characters() -> dict[str, int]:
     """GPT-2's spelling of bytes in vocabularies: printable bytes as themselves, the rest as U+0100 and on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -530,7 +549,8 @@ def pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")     # in old files; constants, made anew here
-MAX_HEADER = 100_000_000                             # bytes, the limit of the reference implementation
+MAX_HEADER = 10_000_000                              # bytes, of 100,000 tensors; once parsed it takes up to 30 times the memory
+MAX_DIMS = 8
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -552,7 +572,7 @@ def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
             start = 8 + struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
             if start > min(size, MAX_HEADER):
                 raise ValueError(f"the header does not end within the file ({size} bytes)")
-            header = json.loads(file.read(start - 8))
+            header = json.loads(file.read(start - 8).decode(), object_pairs_hook=each_once)
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         data = memoryview(mapping)[start:]
         header.pop("__metadata__", None)
@@ -560,7 +580,9 @@ def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            if any(type(n) is not int or not 0 <= n <= len(data) for n in shape) or begin != end:
+            if any(type(n) is not int for n in (*shape, begin, stop)) or len(shape) > MAX_DIMS:
+                raise ValueError(f"tensor {name!r} has shape or offsets that are none")
+            if any(not 0 <= n <= len(data) for n in shape) or begin != end:
                 raise ValueError(f"tensor {name!r} has shape {shape} at {begin}, where {end} was next")
             if stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
                 raise ValueError(f"tensor {name!r} needs bytes {begin} to {stop}, the file has {len(data)}; it may be truncated")
@@ -572,10 +594,17 @@ def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         raise UserError(f"{path}: no such file") from None
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:      # RecursionError is a RuntimeError
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise UserError(f"{path}: not a whole safetensors file: {reason}; get it again") from None
+        raise UserError(f"{path}: not a whole safetensors file: {reason[:300]}; get it again") from None
     for name, tensor in tensors.items():
         yield name, tensor
         mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def each_once(pairs: list[tuple]) -> dict:
+    """A JSON object, in which no name may come twice (Python's parser would silently keep the last)."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name comes twice in the header")
+    return dict(pairs)
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -600,11 +629,24 @@ def write_whole(path: str | Path, write: Callable) -> None:
     """Call `write(binary file)` on a temporary file beside `path` and rename it, so that `path` is never half written."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error          # torch.save wraps it
+        if isinstance(cause, OSError):
+            raise not_written(path, cause) from None
+        raise
+
+
+def not_written(path: Path, error: OSError) -> UserError:
+    """-> what to tell where a disk is full, or the like."""
+    return UserError(f"{path}: cannot be written ({error.strerror}); the last saved state is whole: make room, then --resume")
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -638,18 +680,18 @@ def read_json(path: str | Path) -> object:
 def read_rows(path: str | Path) -> list[dict]:
     """Read a .jsonl or .jsonl.gz file of objects; UserError with the line's number where one is malformed."""
     path = Path(path)
-    rows = []
+    rows, number = [], 1
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append(json.loads(line))
+                    rows.append(json.loads(line.decode()))
                     if not isinstance(rows[-1], dict):
                         raise UserError(f"{path}: line {number} is not a JSON object")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, EOFError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: line {len(rows) + 1} is not readable as JSON lines: {error}") from None
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: line {number} is not readable as JSON lines: {error}") from None
     return rows
 
 
@@ -662,8 +704,8 @@ def read_weights(files: "CheckpointFiles") -> Iterator[tuple[str, Tensor]]:
         if index:
             table = read_json(index)
             table = table.get("weight_map") if isinstance(table, dict) else None
-            if not isinstance(table, dict) or not all(isinstance(n, str) and n == Path(n).name for n in table.values()):
-                raise UserError(f"{index}: has no weight_map of file names")
+            if not isinstance(table, dict) or not all(isinstance(n, str) and re.fullmatch(r"\w[\w.-]*", n) for n in table.values()):
+                raise UserError(f"{index}: has no weight_map of plain file names")
             shards = sorted(set(table.values()))
         elif files.find(whole):
             shards = [whole]
@@ -671,7 +713,13 @@ def read_weights(files: "CheckpointFiles") -> Iterator[tuple[str, Tensor]]:
             continue
         for shard in shards:
             path = files.need(shard)
-            yield from stream_safetensors(path) if whole.endswith("safetensors") else load_state(path, mmap=True).items()
+            if whole.endswith("safetensors"):
+                yield from stream_safetensors(path)
+                continue
+            tensors = load_state(path, mmap=True)
+            if not isinstance(tensors, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()):
+                raise UserError(f"{path}: holds something else than tensors by name")
+            yield from tensors.items()
         return
     raise UserError(f"{files}: has neither model.safetensors nor pytorch_model.bin, nor an index of their shards")
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import END_OF_TEXT, Pythia, PythiaConfig, Tokenizer, UserError, mixed_precision, read_rows, write_json, write_safetensors
+from pythia import (END_OF_TEXT, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, mixed_precision, read_rows, write_json,
+                    write_safetensors)
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 
@@ -233,6 +234,7 @@ def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], c
                                 else model.score(tokens_BT, mask_BT).chunk(2))
         loss = preference_loss(chosen, rejected)
         loss.backward()
+        check_finite(f"reward, step {step}", optimizer, chosen=chosen, rejected=rejected, loss=loss)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import Pythia, UserError, read_json, read_safetensors, write_json, write_safetensors
+from pythia import Pythia, UserError, check_finite, read_json, read_safetensors, write_json, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,7 @@ class SAETrainer:
         self.optimizer.zero_grad()
         (error + l1_coef * penalty).backward()
         remove_radial_gradient(self.sae)
+        check_finite(f"sae, step {step}", self.optimizer, activation=x_ND, loss=error + l1_coef * penalty)
         self.optimizer.step()
         normalize_decoder(self.sae)
         fired_NF = features_NF.detach() > 0

@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -23,8 +25,8 @@ import interpret
 import ppo
 import reward
 import sae
-from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, load_state, mixed_precision, read_json, read_rows, read_safetensors,
-                    save_state, write_json, write_safetensors, write_whole)
+from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, check_finite, load_state, mixed_precision, not_written, read_json,
+                    read_rows, read_safetensors, save_state, write_json, write_safetensors, write_whole)
 
 
 # ------------------------------------------------------------------------------------------------------------------- stages
@@ -142,6 +144,8 @@ def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
                                   lr=cfg.lr, betas=(0.9, 0.98), fused=True)
     steps = cfg.tokens // (cfg.batch_size * cfg.context)
+    if not steps:
+        raise UserError(f"--lm-tokens {cfg.tokens} do not fill one batch of {cfg.batch_size} windows of {cfg.context} tokens")
     epoch_orders = [torch.randperm(len(windows_BT), generator=generator) for _ in range(-(-steps * cfg.batch_size // len(windows_BT)))]
     order = torch.cat(epoch_orders)
     first = run.restore(model=model, optimizer=optimizer)
@@ -156,6 +160,7 @@ def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
                 part = next_token_loss(model, micro_BT) * len(micro_BT) / len(batch_BT)
             part.backward()
             loss += part.item()
+        check_finite(f"lm, step {step}", optimizer, loss=loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -165,7 +170,7 @@ def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
         run.checkpoint(step + 1, cfg.checkpoint_seconds, model=model, optimizer=optimizer)
     model.half().save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")
-    return {"steps": steps, "tokens": steps * cfg.batch_size * cfg.context, "train_loss": loss,
+    return {"steps": steps, "tokens": steps * cfg.batch_size * cfg.context, "train_loss": run.rows()[-1]["loss"],
             "loss": evaluate_lm(args, run.folder / "model", cfg.context)}
 
 
@@ -216,8 +221,10 @@ def token_windows(texts: list[str], tokenizer: Tokenizer, context: int) -> Tenso
 
 def load_model(args: argparse.Namespace) -> tuple[Pythia, Tokenizer, int]:
     """-> the frozen model of --model, its tokenizer, and --layer (the middle one where it is not given)."""
-    model = Pythia.from_pretrained(args.model, dtype=args.dtype, device=args.device)
-    return model, Tokenizer.from_pretrained(args.model), model.check_layer(model.cfg.num_layers // 2 if args.layer is None else args.layer)
+    model, tokenizer = Pythia.from_pretrained(args.model, dtype=args.dtype, device=args.device), Tokenizer.from_pretrained(args.model)
+    if tokenizer.vocab_size > model.cfg.vocab_size:
+        raise UserError(f"{args.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model only {model.cfg.vocab_size} embeddings")
+    return model, tokenizer, model.check_layer(model.cfg.num_layers // 2 if args.layer is None else args.layer)
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -234,10 +241,13 @@ def load_trained_sae(args: argparse.Namespace, model: Pythia, layer: int) -> sae
 
 def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: "Run",
              generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """-> windows to train on and held-out windows, kept in the run folder: from --corpus, or sampled from the model."""
+    """-> windows to train on and held-out windows: from --corpus, or sampled from the model. They are kept in the run folder, and with them
+    the state of the generator, so that training goes on with the same random numbers whether they were made or found there."""
     path = run.folder / "text.safetensors"
     if path.exists():
-        return tuple(read_safetensors(path)[name] for name in ("train", "heldout"))
+        text = read_safetensors(path)
+        generator.set_state(text["generator"].clone())
+        return text["train"], text["heldout"]
     context = min(cfg.context, model.cfg.max_positions)
     heldout = max(1, cfg.eval_tokens // context)
     if args.corpus:
@@ -248,7 +258,7 @@ def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokeni
             raise UserError(f"{args.corpus}: {len(windows_BT)} windows of {context} tokens are too few to train on and hold some out")
     else:
         windows_BT = sample_windows(model, tokenizer, heldout + -(-cfg.text_tokens // context), context, generator)
-    write_safetensors(path, {"heldout": windows_BT[:heldout], "train": windows_BT[heldout:]})
+    write_safetensors(path, {"heldout": windows_BT[:heldout], "train": windows_BT[heldout:], "generator": generator.get_state()})
     return windows_BT[heldout:], windows_BT[:heldout]
 
 
@@ -288,21 +298,31 @@ def read_lines(path: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- run folders
 
 class Run:
-    """One stage's folder OUT/STAGE: config.json, metrics.jsonl (a line a logged step), state.pt while it runs, metrics.json at its end."""
+    """One stage's folder OUT/STAGE: config.json, metrics.jsonl (a line a logged step), state.pt while it runs, metrics.json at its end.
+
+    Each file is whole at every instant but metrics.jsonl, which state.pt has a copy of: whatever was going on when a run was killed,
+    resuming puts all back to one moment. A lock keeps a second process out; the kernel drops it when the process ends, however it ends.
+    """
 
     def __init__(self, folder: Path, config: dict, resume: bool):
         self.folder, self.config = folder, config
         found = folder / "config.json"
         self.fresh = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(folder / "lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is being worked on by another process: wait for its end, or choose another --out or --tag") from None
         if found.exists():
             if not resume:
                 raise UserError(f"{folder} holds a run already: go on with it by --resume, or choose another folder by --out or --tag")
             changed = [key for key, value in (read_json(found) | config).items() if read_json(found).get(key) != value]
             if changed:
                 raise UserError(f"{folder} was begun with another {', '.join(changed)}: give the same options, or another --out")
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(found, config)
         self.saved = time.monotonic()
+        self.in_loop, self.stopped = False, 0
 
     @property
     def finished(self) -> dict | None:
@@ -312,42 +332,72 @@ class Run:
 
     def log(self, **figures) -> None:
         """Append a line to metrics.jsonl."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(figures) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(figures) + "\n")
+        except OSError as error:
+            raise not_written(path, error) from None
 
     def rows(self) -> list[dict]:
         """All lines of metrics.jsonl."""
         return read_rows(self.folder / "metrics.jsonl")
 
     def checkpoint(self, step: int, seconds: float, **parts) -> None:
-        """Every `seconds`, save the state of `parts` (anything with a state_dict) after `step` steps."""
-        if time.monotonic() - self.saved > seconds:
+        """Every `seconds`, and when the run was asked to stop, save the log and the state of `parts` (anything with a state_dict) after
+        `step` steps."""
+        if self.stopped or time.monotonic() - self.saved > seconds:
+            signal.alarm(0)                          # a save in progress may take its time
+            log = self.folder / "metrics.jsonl"
             states = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()}
-            save_state(self.folder / "state.pt", {"step": step, **states})
+            save_state(self.folder / "state.pt", {"step": step, "log": log.read_text() if log.exists() else "", **states})
             self.saved = time.monotonic()
+        if self.stopped:
+            raise KeyboardInterrupt(self.stopped)
 
     def restore(self, **parts) -> int:
-        """-> how many steps are done, with `parts` as they were then; logged lines beyond them are dropped."""
-        path = self.folder / "state.pt"
+        """-> how many steps are done, with `parts` and the log as they were then."""
+        self.in_loop = True
+        log, path = self.folder / "metrics.jsonl", self.folder / "state.pt"
         if not path.exists():
+            log.unlink(missing_ok=True)
             return 0
         state = load_state(path)
         for name, part in parts.items():
             (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(state[name])
-        log = self.folder / "metrics.jsonl"
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] < state["step"]] if log.exists() else []
-        write_whole(log, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+        write_whole(log, lambda file: file.write(state["log"].encode()))
         return state["step"]
 
+    def stop(self, signum: int, frame) -> None:
+        """On Ctrl-C or SIGTERM: the training loop may end its step, and saves its state; after 10 s, or when asked twice, or where no loop
+        runs, stop at once. The state on the disk is whole at any instant."""
+        if self.stopped or not self.in_loop:
+            raise KeyboardInterrupt(self.stopped or signum)
+        self.stopped = signum
+        signal.alarm(10)
+
+    def __enter__(self) -> "Run":
+        self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.alarm(0)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.lock.close()
+
     def discard(self) -> None:
-        """Remove the folder of a stage that was refused before it logged anything, so that the mended command can be given again."""
+        """Remove the folder of a stage that failed before it logged anything, so that the mended command can be given again."""
         if self.fresh and not (self.folder / "metrics.jsonl").exists():
             shutil.rmtree(self.folder)
 
     def finish(self, figures: dict) -> dict:
         """Write the final figures; the resumable state is no longer needed."""
         write_json(self.folder / "metrics.json", figures)
-        (self.folder / "state.pt").unlink(missing_ok=True)
+        for path in self.folder.glob("*.pt*"):       # also what a kill left of one that was being written
+            path.unlink()
+        if self.stopped:                             # while it was evaluated: no next stage
+            raise KeyboardInterrupt(self.stopped)
         return figures
 
 
@@ -435,16 +485,16 @@ def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:
     """Run one stage in its folder, or take its figures from there where it is finished and --resume was given."""
     function, cfg = STAGES[stage][0], configs[stage]
     depends = {name: str(getattr(args, name)) for name in DEPENDS[stage]}
-    run = Run(folder_of(args, stage), json.loads(json.dumps(dataclasses.asdict(cfg))) | depends, args.resume)
-    figures = run.finished
-    if figures is None:
-        start = time.monotonic()
-        try:
-            figures = function(args, cfg, run)
-        except UserError:
-            run.discard()
-            raise
-        figures = run.finish(figures | {"seconds": round(time.monotonic() - start, 2)})
+    with Run(folder_of(args, stage), json.loads(json.dumps(dataclasses.asdict(cfg))) | depends, args.resume) as run:
+        figures = run.finished
+        if figures is None:
+            start = time.monotonic()
+            try:
+                figures = function(args, cfg, run)
+            except Exception:
+                run.discard()
+                raise
+            figures = run.finish(figures | {"seconds": round(time.monotonic() - start, 2)})
     print(f"{run.folder}: " + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()))
     return figures
 
@@ -462,12 +512,16 @@ def main(argv: list[str] | None = None) -> int:
             stages = ["sae", "rlhf"]
         for stage in stages:
             run_stage(stage, args, configs)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({str(error).splitlines()[0]}): lower --lm-micro-batch, --sae-buffer-rows and --sae-batch-size, "
+              "--reward-batch-size or --rlhf-micro-batch, or take --dtype bfloat16", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
         print("stopped; --resume goes on from the last saved state", file=sys.stderr)
-        return 130
+        return 128 + (stopped.args or (signal.SIGINT,))[0]
     return 0
 
 

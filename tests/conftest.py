@@ -65,6 +65,7 @@ class KilledRun(Run):
     def checkpoint(self, step, seconds, **parts):
         self.left -= 1
         if not self.left:
+            self.lock.close()                        # as the kernel does for a process that ends
             raise KeyboardInterrupt
         super().checkpoint(step, seconds, **parts)
 

@@ -12,7 +12,7 @@ from conftest import Characters, complaint, killed_and_resumed, random_model, ra
 from ppo import (AdaptiveKL, Critic, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, SparseFeatures, Standardize, Trunk,
                  collect_rollouts, gae, join, kl_rewards, make_policy, next_logprobs, observe, pick, ppo_loss, respond, score, select,
                  train_ppo, update, whiten)
-from pythia import pad_left
+from pythia import UserError, pad_left
 from sae import SAE
 from train import Run
 
@@ -439,6 +439,32 @@ def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name):
         assert all(map(torch.equal, results[0].values(), other.values()))
     rows = [[{k: v for k, v in row.items() if k != "episodes_per_second"} for row in r.rows()] for r in (*runs, run)]
     assert rows[0] == rows[1] == rows[2] and [row["step"] for row in rows[2]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("poison, named", [("score", "reward"), ("model", "activation"), ("critic", "value"), ("loss", "loss"),
+                                           ("edit", "kl")])
+def test_nan_is_named_before_a_step(tmp_path, monkeypatch, poison, named):
+    model, calls = random_model(), iter(range(10_000))
+    policy = random_policy("coef", model, moved=False)
+
+    def score_fn(tokens_BT, mask_BT):
+        scores_B = sevens(tokens_BT, mask_BT)
+        late = next(calls) >= 40                     # behind the 32 calls of 256 samples and the 4 of the first rollout
+        if poison == "edit" and late:
+            policy.trainable()["2.coef_F"].data.fill_(torch.nan)
+        if poison == "model" and late:
+            model.gpt_neox.layers[0].mlp.dense_h_to_4h.bias.fill_(torch.inf)
+        return scores_B / 0 if poison == "score" and late else scores_B
+
+    if poison == "critic":
+        monkeypatch.setattr(Critic, "forward", lambda self, prefix_BR, hidden_BRD: prefix_BR * torch.nan)
+    if poison == "loss":
+        monkeypatch.setattr("ppo.whiten", lambda advantages_BR, mask_BR: advantages_BR / 0)
+    with pytest.raises(UserError, match=f"rlhf, step [0-3]: {named} is NaN or infinite; the step was not applied"):
+        train_ppo(policy, prompts(), score_fn, CFG, Run(tmp_path, {}, resume=False), torch.Generator().manual_seed(0))
+    if poison in ("score", "model"):
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert state["step"] >= 1 and all(value.isfinite().all() for value in state["policy"].values())
 
 
 @pytest.mark.parametrize("field, value", [

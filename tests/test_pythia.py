@@ -1,5 +1,6 @@
 """pythia.py against the outputs of the reference libraries (tests/golden, see README there) and against itself done slowly."""
 
+import gzip
 import json
 import os
 import re
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pythia import (DTYPES, Pythia, PythiaConfig, Tokenizer, UserError, attention_mask, pad_left, read_safetensors, sample, stream_safetensors,
-                    write_json, write_safetensors)
+from pythia import (DTYPES, CheckpointFiles, Pythia, PythiaConfig, Tokenizer, UserError, attention_mask, bytes_of_characters,
+                    check_finite, pad_left, read_rows, read_safetensors, read_weights, sample, stream_safetensors,
+                    write_json, write_safetensors, write_whole)
 
 REPO = Path(__file__).parents[1]
 GOLDEN = REPO / "tests" / "golden"
@@ -173,6 +175,7 @@ def test_probability_zero_is_never_drawn_and_temperature_zero_takes_the_best(mon
     logits_BV[:, 40_000:] = -torch.inf
     assert (logits_BV.softmax(-1).cumsum(-1)[:, -1] < 1).any() and (sample(logits_BV, 1.0, torch.ones(20)) < 40_000).all()
     assert torch.equal(sample(logits_BV, 0, torch.rand(20)), logits_BV.argmax(-1))
+    assert (sample(torch.full((20, 7), torch.nan), 1.0, torch.rand(20)) < 7).all()           # an index that exists: NaN is found later
     model = random_model()
     model.gpt_neox.final_layer_norm.weight.zero_()
     model.embed_out.weight[0] = -1e4 * model.gpt_neox.final_layer_norm.bias                  # token 0 is impossible
@@ -259,6 +262,9 @@ def test_config_reads_old_and_new_field_names():
     ({"model_type": "llama"}, "'llama'"), ({"model_type": None}, "gpt_neox"), ({"hidden_act": "gelu_new"}, "GELU"),
     ({"attention_bias": False}, "biases"), ({"hidden_size": 25}, "3 heads"), ({"num_hidden_layers": 0}, "positive"),
     ({"vocab_size": "9"}, "sizes"), ({"rope_parameters": {"rope_type": "yarn"}}, "rotary"),
+    ({"hidden_size": 10 ** 9}, "below"), ({"num_hidden_layers": 10 ** 6}, "at most 1000"), ({"num_attention_heads": True}, "sizes"),
+    ({"layer_norm_eps": float("inf")}, "positive"), ({"rope_parameters": {"partial_rotary_factor": float("inf")}}, "malformed"),
+    ({"rope_parameters": {"rope_theta": 10 ** 400}}, "malformed"), ({"rope_parameters": {"rope_theta": float("nan")}}, "positive"),
     ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "even"), ({"rope_parameters": {"rope_theta": "x"}}, "malformed"),
 ], ids=str)
 def test_config_refuses_other_architectures_and_malformed_fields(change, word):
@@ -338,6 +344,13 @@ LIES = {
     "no list": {"a": entry(0, 8, 2)}, "text offsets": {"a": {**entry(0, 8), "data_offsets": ["0", "8"]}},
     "no offsets": {"a": {"dtype": "F32", "shape": [2]}}, "three offsets": {"a": {**entry(0, 8), "data_offsets": [0, 4, 8]}},
     "no entry": {"a": 3}, "list": [], "null": None, "nothing": b"",
+    "float offsets": {"a": {**entry(0, 8), "data_offsets": [0, 8.0]}}, "bool offsets": {"a": {**entry(0, 8), "data_offsets": [False, 8]}},
+    "bool shape": {"a": entry(0, 8, [True, 2])}, "huge shape": {"a": entry(0, 8), "b": entry(8, 8, [0, 2 ** 70])},
+    "endless shape": {"a": entry(0, 8, [0] + [8] * 100_000)}, "many dimensions": {"a": entry(0, 8, [2] + [1] * 8)},
+    "name twice": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    "key twice": b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    "UTF-16": json.dumps({"a": entry(0, 8)}).encode("utf-16"), "constant": b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}',
+    "long number": b'{"a": {"dtype": "F32", "shape": [' + b"9" * 10_000 + b'], "data_offsets": [0, 8]}}', "10 MB": b"[" + b"0," * 5_000_000 + b"0]",
     "no JSON": b"{'a': 1}", "no UTF-8": b'{"\xff": 1}', "deep": b"[" * 100_000,
 }
 
@@ -346,7 +359,71 @@ LIES = {
                          ids=[*LIES, "long header", "longer header", "longest header"])
 def test_safetensors_header_that_lies(tmp_path, header, length):
     path = raw_file(tmp_path / "file", header, bytes(8), length)
-    assert complaint(read_safetensors, path).startswith(f"{path}: not a whole safetensors file")
+    told = complaint(read_safetensors, path)
+    assert told.startswith(f"{path}: not a whole safetensors file") and len(told) < 500 + len(str(path))
+
+
+def test_check_finite_names_what_is_not():
+    check_finite("here", loss=1.0, activation=torch.ones(3))
+    for value in (torch.tensor([1, torch.nan]), torch.tensor([-torch.inf]), float("nan")):
+        with pytest.raises(UserError, match="sae, step 3: loss is NaN or infinite"):
+            check_finite("sae, step 3", first=1.0, loss=value, last=value)
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]                       # the last has no gradient
+    parameters[0].grad, parameters[1].grad = torch.ones(2), torch.tensor([0, torch.inf])
+    assert "gradient" in complaint(check_finite, "x", torch.optim.SGD(parameters))
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, lambda error: RuntimeError("torch.save's own")], ids=["plain", "wrapped"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, wrap):
+    path = tmp_path / "file"
+    path.write_bytes(b"whole")
+
+    def write(file):
+        file.write(b"half")
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise wrap(error)
+    told = complaint(write_whole, path, write)
+    assert told.startswith(f"{path}: cannot be written (No space left on device); the last saved state is whole")
+    assert path.read_bytes() == b"whole" and [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["../secret", "..", "", "./secret", "a/../../secret", "/etc/passwd", ".hidden", "secret\0", 3, None])
+def test_an_index_cannot_point_outside_its_folder(tmp_path, name):
+    write_safetensors(tmp_path / "secret", {"a": torch.ones(1)})
+    (tmp_path / "in").mkdir()
+    write_json(tmp_path / "in" / "model.safetensors.index.json", {"weight_map": {"a": name}})
+    assert "has no weight_map of plain file names" in complaint(lambda: list(read_weights(CheckpointFiles(tmp_path / "in"))))
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 3}, {1: torch.ones(1)}, torch.ones(1), {"a": {"b": torch.ones(1)}}, None])
+def test_pickles_hold_tensors_by_name_or_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    assert "something else than tensors by name" in complaint(lambda: list(read_weights(CheckpointFiles(tmp_path))))
+
+
+class Evil:
+    """What unpickles as a call of a function."""
+    def __reduce__(self):
+        return (Path.touch, (Path("evil"),))
+
+
+def test_pickles_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
+    assert "not readable as tensors" in complaint(lambda: list(read_weights(CheckpointFiles(tmp_path))))
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("data, told", [
+    (b'{"a": 1}\n\n{"a":', "line 3"), (b'{"a": 1}\n[]\n', "line 2"), (b'{"a": 1}\n{"a": "\xff"}\n', "line 2"), (b"[" * 100_000, "line 1"),
+    (b"9" * 10_000, "line 1"), (b'{"a": 1}\n\0', "line 2"),
+    (gzip.compress(b'{"a": 1}\n')[:-9], "gzip"), (gzip.compress(b'{"a": 1}\n')[:10] + b"\xff" * 20, "gzip"), (b"no gzip", "gzip")])
+def test_bad_rows_are_refused_with_their_line(tmp_path, data, told):
+    path = tmp_path / ("rows.jsonl.gz" if told == "gzip" else "rows.jsonl")
+    path.write_bytes(data)
+    assert (told if told != "gzip" else "line 1 is not readable") in complaint(read_rows, path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ tokenizer
@@ -380,11 +457,17 @@ def test_decode_ignores_unknown_ids_and_survives_broken_bytes(golden_tokenizer):
 
 
 def test_tokenizer_refuses_other_kinds():
-    config = {"model": {"type": "BPE", "vocab": {"a": 0}}, "normalizer": None,
-              "added_tokens": [{"id": 1, "content": "<|endoftext|>", "special": True}],
+    vocab = bytes_of_characters()                                # the id of a byte is its value
+    config = {"model": {"type": "BPE", "vocab": vocab}, "normalizer": None,
+              "added_tokens": [{"id": 256, "content": "<|endoftext|>", "special": True}],
               "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
-    assert Tokenizer(config).encode("a<|endoftext|>a") == [0, 1, 0]
-    for change in ({"model": {"type": "WordPiece", "vocab": {"a": 0}}}, {"model": {"type": "BPE", "vocab": {"日": 0}}},
+    assert Tokenizer(config).encode("a<|endoftext|>a") == [97, 256, 97]
+    end = config["added_tokens"][0]
+    for change in ({"added_tokens": [end, {**end, "content": "", "id": 9000}]}, {"added_tokens": [end, {**end, "content": 5, "id": 9000}]},
+                   {"added_tokens": [{**end, "id": 2 ** 64}]}, {"added_tokens": [end, {**end, "content": "\ud800", "id": 9000}]},
+                   {"model": {"type": "BPE", "vocab": {c: i for c, i in vocab.items() if c != "a"}}},          # a byte that is no token: a panic in tiktoken
+                   {"model": {"type": "BPE", "vocab": vocab | {"aa": 2 ** 32}}}, {"model": {"type": "BPE", "vocab": vocab | {"aa": True}}},
+                   {"model": {"type": "WordPiece", "vocab": vocab}}, {"model": {"type": "BPE", "vocab": vocab | {"日": 257}}},
                    {"model": None}, {"pre_tokenizer": None}, {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
                    {"normalizer": {"type": "NFKC"}}, {"added_tokens": []}):
         assert complaint(Tokenizer, config | change, "x/tokenizer.json").startswith("x/tokenizer.json: ")

@@ -288,6 +288,15 @@ def test_prefix_scores_are_those_of_the_texts_cut_there():
     assert len(prefix_scores(model, *pad_right(chosen[2:] + rejected[2:], CPU), shortest=3)[0]) == 1      # shorter than the shortest
 
 
+def test_nan_is_named_before_the_step(tmp_path):
+    model = RewardModel.from_backbone(random_model(), seeded())
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    model.head_scores = lambda hidden: hidden.sum(-1) / 0
+    told = complaint(train_reward, model, planted_pairs(32, seed=0), RewardConfig(), Run(tmp_path, {}, resume=False), seeded())
+    assert told.startswith("reward, step 0: chosen is NaN or infinite; the step was not applied")
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
+
+
 def test_too_few_pairs_are_refused(tmp_path):
     model, run = RewardModel.from_backbone(random_model(), seeded()), Run(tmp_path / "x", {}, resume=False)
     assert "3 preference pairs" in complaint(train_reward, model, planted_pairs(3, seed=0), RewardConfig(epochs=1), run, seeded())

@@ -255,6 +255,15 @@ def test_training_explains_variance_with_the_same_bits_also_when_killed_and_resu
     torch.testing.assert_close(sae.W_dec_FD.norm(dim=-1), torch.ones(64))
 
 
+@pytest.mark.parametrize("poison, named", [(torch.nan, "activation"), (torch.inf, "activation"), (1e30, "loss")])
+def test_nan_is_named_before_the_step(poison, named):
+    trainer, x_ND = trained_a_little(random_sae())
+    before = {name: value.clone() for name, value in trainer.sae.state_dict().items()}
+    x_ND[3, 5] = poison
+    assert complaint(trainer.step, 3, x_ND).startswith(f"sae, step 3: {named} is NaN or infinite; the step was not applied")
+    assert all(map(torch.equal, before.values(), trainer.sae.state_dict().values()))
+
+
 def test_refitted_decoder_is_least_squares_on_the_same_features():
     sae, x_ND = random_sae(num_features=20), 4 * torch.randn(400, D, generator=seeded()) + 1
     sae.b_enc_F.data[7] = -1e4                                   # never fires: stays as it is

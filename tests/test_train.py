@@ -3,18 +3,21 @@
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from pythia import Pythia, PythiaConfig, Tokenizer, read_json, read_safetensors
+from pythia import Pythia, PythiaConfig, Tokenizer, load_state, read_json, read_safetensors
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--sae-text-tokens", "4000", "--sae-eval-tokens", "1024", "--sae-context", "32", "--sae-tokens", "12000", "--sae-batch-size", "256",
          "--sae-num-features", "128", "--sae-resample-rows", "256", "--rlhf-iterations", "3", "--rlhf-episodes", "16", "--rlhf-eval-every",
          "1", "--rlhf-eval-samples", "1", "--rlhf-response-tokens", "5", "--interpret-features", "8"]
+
+LM = ["--lm-num-layers", "1", "--lm-hidden-size", "32", "--lm-num-heads", "2", "--lm-context", "16", "--lm-tokens", "2560"]
 
 
 def run(*options: str, out: Path) -> int:
@@ -80,8 +83,7 @@ def test_lm_and_reward_stages(tmp_path):
     texts.write_text("".join(json.dumps({"text": f"a {'good' if i % 2 else 'bad'} film, number {i}, that I saw", "label": i % 2}) + "\n"
                              for i in range(80)))
     corpora = ["--corpus", str(texts), "--eval-corpus", str(texts), "--out", str(tmp_path)]
-    assert train.main(["--stage", "lm", "--lm-num-layers", "1", "--lm-hidden-size", "32", "--lm-num-heads", "2", "--lm-context", "16",
-                       "--lm-tokens", "2560", *corpora]) == 0
+    assert train.main(["--stage", "lm", *LM, *corpora]) == 0
     lm = read_json(tmp_path / "lm" / "metrics.json")
     assert lm["steps"] == 10 and 0 < lm["loss"] < 8.4
     assert train.main(["--stage", "reward", "--model", str(tmp_path / "lm" / "model"), "--reward-batch-size", "8", "--reward-max-tokens",
@@ -146,6 +148,112 @@ def test_empty_corpus(tmp_path, capsys):
         assert run("--stage", "sae", "--corpus", str(tmp_path / name), out=tmp_path / "out") == 2
         assert "empty corpus" in capsys.readouterr().err
         assert not (tmp_path / "out" / "sae").exists()                 # nothing half-written: the mended command can be given again
+
+
+# ------------------------------------------------------------------------------------------------- killed, stopped, gone wrong
+
+def test_a_second_process_is_refused_while_the_first_lives(tmp_path, capsys):
+    first = train.Run(tmp_path / "sae", {}, resume=False)
+    assert run("--stage", "sae", "--resume", out=tmp_path) == 2 and "another process" in capsys.readouterr().err
+    first.lock.close()                                                 # as the kernel does when a process ends: the file stays
+    train.Run(tmp_path / "sae", {}, resume=True)
+
+
+def test_the_log_goes_back_to_the_saved_state(tmp_path):
+    run, log = train.Run(tmp_path, {}, resume=False), tmp_path / "metrics.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    run.log(step=0, loss=1.5)
+    assert run.restore(generator=generator) == 0 and not log.exists()  # killed before the first state: the line will come again
+    for step in range(3):
+        run.log(step=step, loss=0.5)
+        run.checkpoint(step + 1, -1 if step < 2 else 1e9, generator=generator)
+    saved = generator.get_state()
+    torch.rand(3, generator=generator)
+    log.write_text(log.read_text() + '{"step": 3, "lo')                # torn
+    assert run.restore(generator=generator) == 2 and [row["step"] for row in run.rows()] == [0, 1]
+    assert torch.equal(generator.get_state(), saved)
+    log.unlink()                                                       # lost, as where the machine went
+    assert run.restore(generator=generator) == 2 and [row["step"] for row in run.rows()] == [0, 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_a_state_at_the_end_of_the_step(tmp_path, number):
+    before = signal.getsignal(number)
+    with train.Run(tmp_path, {}, resume=False) as run:
+        with pytest.raises(KeyboardInterrupt) as stopped:              # nothing to save yet
+            signal.raise_signal(number)
+        assert stopped.value.args == (number,)
+        run.restore()
+        signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run.checkpoint(1, 1e9)
+        assert stopped.value.args == (number,) and run.restore() == 1
+        with pytest.raises(KeyboardInterrupt):                         # asked twice
+            signal.raise_signal(number)
+    assert signal.getsignal(number) == before and signal.alarm(0) == 0
+
+
+def test_text_found_leaves_the_random_numbers_of_text_made(whole, tmp_path):
+    """A run that is killed behind the sampling of text, before its first state."""
+    (tmp_path / "sae").mkdir()
+    for name in ("config.json", "text.safetensors"):
+        shutil.copy(whole / "sae" / name, tmp_path / "sae")
+    assert run("--stage", "sae", "--resume", out=tmp_path) == 0
+    assert (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == (whole / "sae" / "sae_weights.safetensors").read_bytes()
+
+
+def test_a_stage_killed_in_its_evaluation_ends_as_it_would_have(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("a good film " * 200)
+    options = ["--stage", "lm", *LM, "--corpus", str(tmp_path / "text.txt"), "--lm-checkpoint-seconds", "-1", "--resume", "--out"]
+    assert train.main([*options, str(tmp_path / "a")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_lm", lambda *_: signal.raise_signal(signal.SIGTERM) or signal.raise_signal(signal.SIGTERM))
+        assert train.main([*options, str(tmp_path / "b")]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.strip().endswith("stopped; --resume goes on from the last saved state")
+    assert train.main([*options, str(tmp_path / "b")]) == 0
+    a, b = (read_json(tmp_path / out / "lm" / "metrics.json") for out in "ab")
+    assert a["train_loss"] == b["train_loss"] and not (tmp_path / "b" / "lm" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("poison, named", [(float("nan"), "lm, step 3: loss"), (float("inf"), "lm, step 3: loss"), (None, "lm, step 3: gradient")])
+def test_nan_is_named_and_the_last_good_state_kept(tmp_path, monkeypatch, capsys, poison, named):
+    (tmp_path / "text.txt").write_text("a good film " * 200)
+    calls, honest = iter(range(100)), train.next_token_loss
+
+    def loss(model, tokens_BT):
+        value = honest(model, tokens_BT)
+        if next(calls) != 3:
+            return value
+        return value + (0 * model.embed_out.weight.sum()).sqrt() if poison is None else value * poison         # √0: no finite slope
+    monkeypatch.setattr(train, "next_token_loss", loss)
+    assert train.main(["--stage", "lm", *LM, "--corpus", str(tmp_path / "text.txt"), "--lm-checkpoint-seconds", "-1", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {named} is NaN or infinite; the step was not applied")
+    state = load_state(tmp_path / "lm" / "state.pt")
+    assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_out_of_gpu_memory_names_the_options(tmp_path, monkeypatch, capsys):
+    def stage(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+    monkeypatch.setitem(train.STAGES, "rlhf", (stage, train.STAGES["rlhf"][1]))
+    assert run("--stage", "rlhf", "--policy", "full", out=tmp_path) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: out of GPU memory (CUDA") and "--rlhf-micro-batch" in error and "\n" not in error
+    assert not (tmp_path / "rlhf-full").exists()                       # the mended command can be given again
+
+
+def test_corpora_that_are_too_short_or_no_text(tmp_path, capsys):
+    for name, content, told in (("one.txt", b"a", "one window of 31 is the least"), ("latin.txt", b"caf\xe9", "UTF-8"),
+                                ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2"), ("torn.jsonl.gz", b"\x1f\x8b\x08" + bytes(40), "line 1"),
+                                ("number.jsonl", b'{"text": 1}', '"text" string')):
+        (tmp_path / name).write_bytes(content)
+        assert run("--stage", "sae", "--corpus", str(tmp_path / name), out=tmp_path / "out") == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and told in error and "\n" not in error, error
+    (tmp_path / "prompts").write_text("a good film " * 300)
+    assert run("--stage", "rlhf", "--policy", "full", "--prompts", str(tmp_path / "prompts"), out=tmp_path / "out") == 2
+    assert "shorten it" in capsys.readouterr().err
 
 
 def test_sae_of_another_model_layer_or_width(whole, tmp_path, capsys):
