@@ -442,7 +442,7 @@ def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name):
 
 
 @pytest.mark.parametrize("poison, named", [("score", "reward"), ("model", "activation"), ("critic", "value"), ("loss", "loss"),
-                                           ("edit", "kl")])
+                                           ("edit", "loss")])
 def test_nan_is_named_before_a_step(tmp_path, monkeypatch, poison, named):
     model, calls = random_model(), iter(range(10_000))
     policy = random_policy("coef", model, moved=False)
