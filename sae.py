@@ -10,6 +10,7 @@ References:
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import Pythia, UserError, read_json, read_safetensors, write_json, write_safetensors
+from pythia import Pythia, UserError, load_state, read_json, read_safetensors, write_json, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class SAEConfig:
     eval_tokens: int = 32_768            # held-out tokens for the final figures
     context: int = 0                     # tokens a window; 0: 256, or less where the model has less; 128 for models above 1 B
     checkpoint_seconds: float = 120.0    # between resumable states
+    load: str = ""                       # an SAE that is there already, ours or another library's (see read_sae): nothing is trained
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -142,31 +144,111 @@ class SAE(nn.Module):
         weights = {name.rpartition("_")[0]: value for name, value in self.state_dict().items()}
         write_safetensors(folder / "sae_weights.safetensors", weights)
         write_json(folder / "cfg.json", {
-            "architecture": "standard", "d_in": self.W_dec_FD.shape[1], "d_sae": self.num_features, "dtype": "float32",
+            "architecture": "topk" if self.k else "standard" if self.threshold_F is None else "jumprelu",
+            "d_in": self.W_dec_FD.shape[1], "d_sae": self.num_features, "dtype": "float32",
             "model_name": model_name, "hook_name": f"blocks.{layer}.hook_mlp_out", "hook_layer": layer, "context_size": context,
-            "activation_fn_str": "relu", "apply_b_dec_to_input": True, "normalize_activations": "none", "prepend_bos": True})
+            "activation_fn_str": "topk" if self.k else "relu", "activation_fn_kwargs": {"k": self.k} if self.k else {},
+            "apply_b_dec_to_input": True, "normalize_activations": "none", "prepend_bos": True})
 
 
-def load_sae(folder: str | Path, *, model: Pythia, model_name: str, layer: int) -> SAE:
-    """Load what `SAE.save` wrote, frozen; UserError where it was made for another model, layer or width."""
-    folder = Path(folder)
-    cfg, weights = read_json(folder / "cfg.json"), read_safetensors(folder / "sae_weights.safetensors")
+def load_sae(path: str | Path, *, model: Pythia, model_name: str, layer: int, tokens_BT: Tensor | None = None) -> SAE:
+    """Load what `SAE.save` or another library wrote (see `read_sae`), frozen.
+
+    UserError where it was made for another model, layer or width; and, where windows of text are given, if it explains no variance of
+    this layer's MLP output: an SAE of another site loads without complaint as long as the widths agree.
+    """
+    file, description, tensors = read_sae(Path(path))
     try:
-        made_for = cfg["model_name"], cfg["hook_layer"], cfg["d_in"]
-        shapes = {"W_enc": (cfg["d_in"], cfg["d_sae"]), "b_enc": (cfg["d_sae"],), "W_dec": (cfg["d_sae"], cfg["d_in"]),
-                  "b_dec": (cfg["d_in"],)}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'cfg.json'}: not a description of an SAE: {error!r}") from None
-    if made_for != (model_name, layer, model.cfg.hidden_size):
-        raise UserError(f"{folder}: this SAE was made for model {made_for[0]}, layer {made_for[1]}, width {made_for[2]}; "
-                        f"here are model {model_name}, layer {layer}, width {model.cfg.hidden_size}: train another (--out)")
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if found != shapes:
-        raise UserError(f"{folder / 'sae_weights.safetensors'}: tensors are {found}, cfg.json wants {shapes}")
-    sae = SAE(cfg["d_in"], cfg["d_sae"])
-    suffix = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"}
-    sae.load_state_dict({f"{name}_{suffix[name]}": value.float() for name, value in weights.items()})
-    return sae.requires_grad_(False).to(model.device)
+        cfg = read_json(description)
+        k, subtracts = sae_options(file, cfg, tensors)
+        found = {RENAMED.get(name, name): value.T if name.endswith("coder.weight") else value for name, value in tensors.items()}
+        d_in, num_features = found["W_enc"].shape
+        about = cfg | cfg.get("metadata", {}) | cfg.get("trainer", {})
+        made_for = about.get("model_name") or about.get("lm_name") or model_name, stated_layer(file, about, layer), d_in
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{description}: not a description of the SAE in {file.name}: {error!r}") from None
+    width = model.cfg.hidden_size
+    if made_for[0].split("/")[-1] != model_name.split("/")[-1] or made_for[1:] != (layer, width):
+        raise UserError(f"{path}: this SAE was made for model {made_for[0]}, layer {made_for[1]}, width {made_for[2]}; "
+                        f"here are model {model_name}, layer {layer}, width {width}: train another (--out)")
+    shapes, F_ = {name: tuple(value.shape) for name, value in found.items()}, (num_features,)
+    wanted = {"W_enc": (d_in, *F_), "W_dec": (*F_, d_in), "b_dec": (d_in,), "b_enc": F_, "threshold": F_, "r_mag": F_, "b_mag": F_}
+    if any(wanted.get(name) != shape for name, shape in shapes.items()) or not {"W_dec", "b_enc", "b_dec"} <= set(shapes):
+        raise UserError(f"{file}: tensors are {shapes}, {description.name} wants of {wanted} the first four or more")
+    sae = SAE(d_in, num_features, k=k).requires_grad_(False)
+    for name, suffix in (("W_enc", "DF"), ("W_dec", "FD"), ("b_enc", "F"), ("b_dec", "D")):
+        sae.get_parameter(f"{name}_{suffix}").copy_(found[name])
+    if not subtracts:
+        sae.b_enc_F += sae.b_dec_D @ sae.W_enc_DF
+    if "r_mag" in found:
+        sae.fold_gate(found["r_mag"].float(), found["b_mag"].float())
+    elif "threshold" in found:
+        sae.threshold_F = nn.Parameter(found["threshold"].float().clamp(min=0))
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        sae.rescale(sae.W_dec_FD.norm(dim=-1))
+    sae = sae.requires_grad_(False).to(model.device)
+    if tokens_BT is not None:
+        x_ND = mlp_rows(model, layer, tokens_BT).float()
+        fvu = ((x_ND - sae(x_ND)).square().sum() / (x_ND - x_ND.mean(0)).square().sum()).item()
+        if not fvu < 1:
+            raise UserError(f"{path}: wrong layer, site or scale: on the MLP output of layer {layer} it leaves {fvu:.3g} of the variance "
+                            f"unexplained, and no SAE at all leaves 1")
+    return sae
+
+
+# Names in other libraries' files, where nn.Linear keeps its matrix the other way round, too.
+RENAMED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc", "bias": "b_dec", "decoder.bias": "b_dec",
+           "decoder_bias": "b_dec", "gate_bias": "b_enc", "b_gate": "b_enc", "mag_bias": "b_mag"}
+
+
+def read_sae(path: Path) -> tuple[Path, Path, dict[str, Tensor]]:
+    """-> the file of the weights, the file that describes them, and the tensors as named there, for four kinds of files:
+
+    SAELens (and ours)   a folder with sae_weights.safetensors, cfg.json
+    sparsify             a folder with sae.safetensors, cfg.json
+    dictionary_learning  a folder with ae.pt, config.json
+    1L-Sparse-Autoencoder, naomi-laker/sparse-autoencoder    NAME.pt (the path to give), NAME_cfg.json beside it
+    """
+    kinds = {"sae_weights.safetensors": "cfg.json", "sae.safetensors": "cfg.json", "ae.pt": "config.json"}
+    file = path if path.suffix == ".pt" else next((path / name for name in kinds if (path / name).exists()), None)
+    if file is None:
+        raise UserError(f"{path}: no such file as {', '.join(kinds)} in this folder: not an SAE of a known kind")
+    tensors = load_state(file) if file.suffix == ".pt" else read_safetensors(file)
+    return file, file.with_name(kinds.get(file.name, f"{file.stem}_cfg.json")), tensors.get("ae", tensors)     # "ae": in backups
+
+
+def sae_options(file: Path, cfg: dict, tensors: dict[str, Tensor]) -> tuple[int, bool]:
+    """-> k (0: no TopK), and whether b_dec is taken from the input; `tensors` loses what is not one of the SAE's."""
+    if file.name == "sae_weights.safetensors":
+        if (cfg["d_in"], cfg["d_sae"]) != tuple(tensors["W_enc"].shape):
+            raise ValueError(f"d_in {cfg['d_in']} and d_sae {cfg['d_sae']}, but W_enc is {tuple(tensors['W_enc'].shape)} there")
+        if cfg.get("normalize_activations") not in (None, False, "none"):
+            raise ValueError(f"normalize_activations {cfg['normalize_activations']!r}: fold it into the weights first")
+        k = (cfg.get("k") or cfg["activation_fn_kwargs"]["k"]) if "topk" in (cfg.get("architecture"), cfg.get("activation_fn_str")) else 0
+        return k, cfg.get("apply_b_dec_to_input", True)
+    if file.name == "sae.safetensors":
+        if cfg.get("signed") or cfg.get("activation", "topk") != "topk":
+            raise ValueError("only TopK of positive features is known here")
+        return cfg["k"], not cfg.get("transcode")
+    if file.name == "ae.pt":
+        dict_class, k = cfg["trainer"]["dict_class"], int(tensors.pop("k", 0))
+        if dict_class == "AutoEncoderTopK":
+            tensors.pop("threshold")                     # for another way to encode, which is not that class's default
+            return k, True
+        if "threshold" in tensors:
+            tensors["threshold"] = tensors["threshold"].expand(len(tensors.get("encoder.bias", tensors["threshold"])))    # BatchTopK: one for all
+        return 0, dict_class != "JumpReluAutoEncoder" and "decoder.bias" not in tensors
+    return 0, True
+
+
+def stated_layer(file: Path, about: dict, otherwise: int) -> int:
+    """-> the layer that the description or the folder's name (sparsify: layers.3.mlp) states; `otherwise` where neither does."""
+    for key in ("hook_layer", "layer", "layers"):
+        if about.get(key) is not None:
+            return about[key][0] if isinstance(about[key], list) else about[key]
+    name = about.get("hook_name") or about.get("hook_point") or (file.parent.name if file.name == "sae.safetensors" else "")
+    number = re.search(r"\d+", name)
+    return int(number[0]) if number else otherwise
 
 
 # --------------------------------------------------------------------------------------------------------------- objectives
@@ -551,7 +633,7 @@ def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generato
         trainers[f"trainer{i}"] = SAETrainer(sae, scale, each, generator)
     steps = trainers["trainer0"].steps
     first = run.restore(**trainers, buffer=buffer, generator=generator)
-    bar = tqdm(range(first, steps), desc="sae", initial=first, total=steps)
+    bar = tqdm(range(first, steps), desc="sae", initial=first, total=steps, unit="tok", unit_scale=cfg.batch_size)
     for step in bar:
         x_ND = buffer.draw(cfg.batch_size)
         figures = [trainer.step(step, x_ND) for trainer in trainers.values()]
@@ -579,7 +661,9 @@ def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, batch_s
     fvu            Σ ‖x − x̂‖² / Σ ‖x − x̄‖², fraction of variance unexplained; x̄ is one mean over all rows
     l0, l1         mean number of active features, and mean Σ f_i ‖d_i‖, a row
     shrinkage      mean of ‖x̂‖ / ‖x‖
-    dead_fraction  share of features silent on all `rows` rows;  dense_fraction: share active on more than 1 % of them
+    dead_fraction  share of features silent on all `rows` rows, the window
+    rare_fraction  share active on fewer than 1e-5 of them (of fewer than 100,000 rows: silent);  dense_fraction: on more than 1 %
+    density        features by firing rate: 0, then up to 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1
     ce_*           mean next-token cross-entropy in nats: as the model is; with x̂, 0 or the mean in place of the MLP's output
     ce_recovered   (ce_zero − ce_sae) / (ce_zero − ce_base);  ce_recovered_mean: the same against mean-ablation
     """
@@ -602,9 +686,12 @@ def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, batch_s
         totals["shrinkage"] += (reconstruction_ND.norm(dim=-1) / x_ND.norm(dim=-1)).double().sum().item()
     mean_D = sum_D / rows
     variance = totals["square"] - rows * mean_D.square().sum().item()
+    rate_F = fired_F / rows
+    decades = torch.bucketize(rate_F, torch.tensor([0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], device=rate_F.device, dtype=rate_F.dtype))
     figures = {"mse": totals["error"] / rows, "fvu": totals["error"] / variance, "l0": totals["l0"] / rows, "l1": totals["l1"] / rows,
                "shrinkage": totals["shrinkage"] / rows, "dead_fraction": (fired_F == 0).double().mean().item(),
-               "dense_fraction": (fired_F > 0.01 * rows).double().mean().item(), "rows": rows}
+               "rare_fraction": (rate_F < 1e-5).double().mean().item(), "dense_fraction": (rate_F > 0.01).double().mean().item(),
+               "density": torch.bincount(decades, minlength=7).tolist(), "rows": rows}
     spliced = {"base": None, "sae": sae, "zero": torch.zeros_like, "mean": lambda mlp_BTD: mean_D.to(mlp_BTD.dtype).expand_as(mlp_BTD)}
     ce = {name: spliced_loss(model, layer, tokens_BT, replace, batch_size) for name, replace in spliced.items()}
     return figures | {f"ce_{name}": value for name, value in ce.items()} | {
@@ -625,3 +712,9 @@ def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable
         logits_BTV = model(batch_BT, edits={layer: edit} if replace else None)[:, :-1]
         total += F.cross_entropy(logits_BTV.float().flatten(0, 1), batch_BT[:, 1:].flatten(), reduction="sum").item()
     return total / (len(tokens_BT) * (tokens_BT.shape[1] - 1))
+
+
+def mmcs(rows_FD: Tensor, others_GD: Tensor) -> float:
+    """-> mean over the first dictionary's vectors of the largest cosine with any of the second's (mean max cosine similarity; Sharkey et al.
+    2022): 1 where each is found again, be it in another order. Not symmetric."""
+    return (F.normalize(rows_FD, dim=-1) @ F.normalize(others_GD, dim=-1).T).max(1).values.mean().item()
