@@ -139,15 +139,15 @@ def paired_samples(tokenizer: Tokenizer, evaluation: Evaluation, after: Evaluate
 class Explanation(NamedTuple):
     """How far the text at hand predicts each column, on windows it was not fitted to; NaN for columns silent in either half."""
     pearson_F: Tensor                    # between prediction and activation
-    f1_F: Tensor                         # between the highest predictions, as many as were active in the first half, and "active"
+    f1_F: Tensor                         # of "active", predicted above the level that as many fitted rows reach as were active
 
 
 @torch.no_grad()
 def explanation_score(activations_NF: Tensor, tokens_BT: Tensor, strength: float = 2.0) -> Explanation:
     """Predict each column of activations from the token and the one before it, fitted on even windows, scored on odd ones.
 
-    Rows are all tokens but each window's first, window by window (`sae.mlp_rows`). The prediction is the mean of the activations at the same
-    pair of tokens, drawn towards the mean at the same token, and that towards the mean of all, as if each of these had been seen
+    Rows are all tokens but each window's first, window by window (`sae.mlp_rows`). The prediction is the mean of the activations at the
+    same pair of tokens, drawn towards the mean at the same token, and that towards the mean of all, as if each of these had been seen
     `strength` times more (an n-gram model with additive smoothing; compare Foote et al. 2023, N2G). No language model judges. Any
     columns will do; dense ones, to be compared, are first made as sparse as features (`as_sparse_as`).
     """
@@ -161,11 +161,10 @@ def explanation_score(activations_NF: Tensor, tokens_BT: Tensor, strength: float
     for columns_NF in activations_NF.float().cpu().split(256, dim=1):
         seen_NF, held_NF = columns_NF[fit_N], columns_NF[~fit_N]
         by_token_CF = class_means(seen_NF, token_N[fit_N], seen_NF.mean(0).expand(int(token_N.max()) + 1, -1), strength)
-        guess_NF = class_means(seen_NF, pair_N[fit_N], by_token_CF[token_of_pair], strength)[pair_N[~fit_N]]
-        rate_F, on_NF = (seen_NF > 0).float().mean(0), held_NF > 0
-        last_F = (rate_F * len(held_NF)).round().long().clamp(1, len(held_NF)) - 1
-        guess_on_NF = guess_NF >= guess_NF.sort(0, descending=True).values.gather(0, last_F[None])
-        silent_F = ~((rate_F > 0) & on_NF.any(0))
+        by_pair_CF = class_means(seen_NF, pair_N[fit_N], by_token_CF[token_of_pair], strength)
+        guess_NF, on_NF, active_F = by_pair_CF[pair_N[~fit_N]], held_NF > 0, (seen_NF > 0).sum(0)
+        guess_on_NF = guess_NF >= by_pair_CF[pair_N[fit_N]].sort(0, descending=True).values.gather(0, active_F.clamp(min=1)[None] - 1)
+        silent_F = (active_F == 0) | ~on_NF.any(0)
         f1.append((2 * (on_NF & guess_on_NF).sum(0) / (on_NF.sum(0) + guess_on_NF.sum(0))).masked_fill(silent_F, torch.nan))
         pearson.append(F.cosine_similarity(guess_NF - guess_NF.mean(0), held_NF - held_NF.mean(0), dim=0).masked_fill(silent_F, torch.nan))
     return Explanation(torch.cat(pearson), torch.cat(f1))

@@ -164,7 +164,7 @@ def load_sae(path: str | Path, *, model: Pythia, model_name: str, layer: int, to
         found = {RENAMED.get(name, name): value.T if name.endswith("coder.weight") else value for name, value in tensors.items()}
         d_in, num_features = found["W_enc"].shape
         about = cfg | cfg.get("metadata", {}) | cfg.get("trainer", {})
-        made_for = about.get("model_name") or about.get("lm_name") or model_name, stated_layer(file, about, layer), d_in
+        made_for = str(about.get("model_name") or about.get("lm_name") or model_name), stated_layer(file, about, layer), d_in
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{description}: not a description of the SAE in {file.name}: {error!r}") from None
     width = model.cfg.hidden_size
@@ -236,7 +236,8 @@ def sae_options(file: Path, cfg: dict, tensors: dict[str, Tensor]) -> tuple[int,
             tensors.pop("threshold")                     # for another way to encode, which is not that class's default
             return k, True
         if "threshold" in tensors:
-            tensors["threshold"] = tensors["threshold"].expand(len(tensors.get("encoder.bias", tensors["threshold"])))    # BatchTopK: one for all
+            width = len(tensors["encoder.bias" if "encoder.bias" in tensors else "b_enc"])
+            tensors["threshold"] = tensors["threshold"].expand(width)                    # BatchTopK has one for all
         return 0, dict_class != "JumpReluAutoEncoder" and "decoder.bias" not in tensors
     return 0, True
 
@@ -361,7 +362,7 @@ def jumprelu(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
     return pre_NF * step_NF + sae.threshold_F.detach() * slope_NF
 
 
-def l0(p: Pass) -> Tensor:
+def active(p: Pass) -> Tensor:
     """‖f‖₀ = Σ H(z_i − θ_i) (same paper), ∂/∂θ = −(1/ε) 1[|z − θ| < ε/2]."""
     return sum(straight_step(p.sae, p.pre_NF)).sum(-1)
 
@@ -391,7 +392,7 @@ OBJECTIVES = {
     "hoyer": Objective(hoyer, relu, resample=True),
     "topk": Objective(None, topk, extra=auxk),
     "batchtopk": Objective(None, batchtopk, extra=auxk, vectors={"threshold_F": 0.0}),
-    "jumprelu": Objective(l0, jumprelu, vectors={"threshold_F": 0.1}),
+    "jumprelu": Objective(active, jumprelu, vectors={"threshold_F": 0.1}),
     "gated": Objective(gate_l1, gated, extra=gate_error, vectors={"r_mag_F": 0.0, "b_mag_F": 0.0}),
 }
 
@@ -622,14 +623,12 @@ def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run,
 def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generator: torch.Generator) -> list[SAE]:
     """Train one SAE for each configuration on the very same rows, drawn once -> the SAEs in the rows' own units. They may differ in
     objective, L0 target and all else but `tokens`, `batch_size` and the resampling moments, which the first one sets."""
-    rows_ND, cfg = buffer.rows_ND, cfgs[0]
-    d_in = rows_ND.shape[1]
-    scale = math.sqrt(d_in / rows_ND.float().square().sum(-1).mean().item())                # April 2024: E‖x‖² = D
-    trainers = {}
+    cfg, d_in, device, trainers = cfgs[0], buffer.rows_ND.shape[1], buffer.rows_ND.device, {}
+    scale = math.sqrt(d_in / buffer.rows_ND.float().square().sum(-1).mean().item())         # April 2024: E‖x‖² = D
     for i, each in enumerate(cfgs):
-        sae = SAE(d_in, each.num_features, generator, k=round(each.l0) if each.objective == "topk" else 0).to(rows_ND.device)
+        sae = SAE(d_in, each.num_features, generator, k=round(each.l0) if each.objective == "topk" else 0).to(device)
         with torch.no_grad():
-            sae.b_dec_D.copy_(rows_ND.float().mean(0) * scale)         # the mean, where the paper has the geometric median
+            sae.b_dec_D.copy_(buffer.rows_ND.float().mean(0) * scale)         # the mean, where the paper has the geometric median
         trainers[f"trainer{i}"] = SAETrainer(sae, scale, each, generator)
     steps = trainers["trainer0"].steps
     first = run.restore(**trainers, buffer=buffer, generator=generator)
@@ -639,7 +638,7 @@ def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generato
         figures = [trainer.step(step, x_ND) for trainer in trainers.values()]
         due = [i for i, trainer in enumerate(trainers.values()) if trainer.resample_due(step)]
         if due:
-            x_ND = buffer.draw(min(cfg.resample_rows, len(rows_ND) // 2))
+            x_ND = buffer.draw(min(cfg.resample_rows, len(buffer.rows_ND) // 2))
             for i in due:
                 figures[i]["resampled"] = trainers[f"trainer{i}"].resample(x_ND)
         if step % 20 == 0 or step == steps - 1 or due:
@@ -647,7 +646,7 @@ def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generato
                 run.log(step=step, **(some if len(cfgs) == 1 else {"objective": each.objective, "target": each.l0} | some))
             bar.set_postfix(fvu=f"{figures[0]['fvu']:.3f}", l0=f"{figures[0]['l0']:.1f}", dead=f"{figures[0]['dead']:.3f}")
         run.checkpoint(step + 1, cfg.checkpoint_seconds, **trainers, buffer=buffer, generator=generator)
-    sample_ND = rows_ND[buffer.shuffled_N[:cfg.refit_rows].to(rows_ND.device)]
+    sample_ND = buffer.rows_ND[buffer.shuffled_N[:cfg.refit_rows].to(device)]
     return [trainer.finished(sample_ND) for trainer in trainers.values()]
 
 
@@ -715,6 +714,6 @@ def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable
 
 
 def mmcs(rows_FD: Tensor, others_GD: Tensor) -> float:
-    """-> mean over the first dictionary's vectors of the largest cosine with any of the second's (mean max cosine similarity; Sharkey et al.
-    2022): 1 where each is found again, be it in another order. Not symmetric."""
+    """-> mean over the first dictionary's vectors of the largest cosine with any of the second's (mean max cosine similarity; Sharkey
+    et al. 2022): 1 where each is found again, be it in another order. Not symmetric."""
     return (F.normalize(rows_FD, dim=-1) @ F.normalize(others_GD, dim=-1).T).max(1).values.mean().item()

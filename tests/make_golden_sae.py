@@ -3,7 +3,7 @@
 Needs an environment of its own, with torch, dictionary-learning, eai-sparsify and sae-lens; any of them that is missing is passed over:
 
     python tests/make_golden_sae.py                      makes everything anew
-    python tests/make_golden_sae.py --load FOLDER        loads what our SAE.save wrote into SAELens, and compares with FOLDER/golden.safetensors
+    python tests/make_golden_sae.py --load FOLDER …      loads what our SAE.save wrote into SAELens, beside FOLDER/golden.safetensors
 """
 
 import argparse
@@ -33,7 +33,8 @@ def keep(name: str, encode, decode) -> None:
     x = 2 * torch.randn(N, D)
     features = encode(x)
     reconstruction = decode(features)
-    save_file({"x": x, "features": features.contiguous(), "reconstruction": reconstruction.contiguous()}, GOLDEN / name / "golden.safetensors")
+    frozen = {"x": x, "features": features.contiguous(), "reconstruction": reconstruction.contiguous()}
+    save_file(frozen, GOLDEN / name / "golden.safetensors")
     print(name, f"L0 {(features > 0).sum() / N:.1f}")
 
 
@@ -41,9 +42,9 @@ def dictionary_learning() -> None:
     module = importlib.import_module("dictionary_learning.dictionary")
     trainers = importlib.import_module("dictionary_learning.trainers")
     for trainer, name, options in (
-            ("StandardTrainer", "AutoEncoder", {}), ("StandardTrainerAprilUpdate", "AutoEncoderNew", {}), ("TopKTrainer", "AutoEncoderTopK", {"k": K}),
-            ("BatchTopKTrainer", "BatchTopKSAE", {"k": K}), ("GatedSAETrainer", "GatedAutoEncoder", {}),
-            ("JumpReluTrainer", "JumpReluAutoEncoder", {})):
+            ("StandardTrainer", "AutoEncoder", {}), ("StandardTrainerAprilUpdate", "AutoEncoderNew", {}),
+            ("TopKTrainer", "AutoEncoderTopK", {"k": K}), ("BatchTopKTrainer", "BatchTopKSAE", {"k": K}),
+            ("GatedSAETrainer", "GatedAutoEncoder", {}), ("JumpReluTrainer", "JumpReluAutoEncoder", {})):
         made = getattr(module, name, None) or getattr(trainers.top_k, name, None) or getattr(trainers.batch_top_k, name)
         sae = randomize(made(D, F, **options))
         if name == "BatchTopKSAE":

@@ -27,14 +27,12 @@ def slow_score(column: np.ndarray, tokens: np.ndarray, strength: float) -> tuple
     def mean(values: list[float], prior: float) -> float:
         return (sum(values) + strength * prior) / (len(values) + strength)
 
-    guess, held = [], []
-    for b, t in ((b, t) for b in range(1, B, 2) for t in range(1, T)):
-        token_mean = mean(by_token[tokens[b, t]], np.mean(seen))
-        guess.append(mean(by_pair[tokens[b, t - 1], tokens[b, t]], token_mean))
-        held.append(column[b * (T - 1) + t - 1])
-    guess, on = np.array(guess), np.array(held) > 0
-    least = np.sort(guess)[::-1][max(1, round(np.mean(np.array(seen) > 0) * len(held))) - 1]
-    picked = guess >= least - 1e-7
+    def guesses(first: int) -> np.ndarray:
+        return np.array([mean(by_pair[tokens[b, t - 1], tokens[b, t]], mean(by_token[tokens[b, t]], np.mean(seen)))
+                         for b in range(first, B, 2) for t in range(1, T)])
+
+    guess, held = guesses(1), np.concatenate([column[b * (T - 1):(b + 1) * (T - 1)] for b in range(1, B, 2)])
+    on, picked = held > 0, guess >= np.sort(guesses(0))[::-1][(np.array(seen) > 0).sum() - 1] - 1e-7
     return np.corrcoef(guess, held)[0, 1], 2 * (on & picked).sum() / (on.sum() + picked.sum())
 
 
@@ -53,8 +51,9 @@ def test_explanation_score_of_columns_that_are_known():
     tokens_BT = random_tokens(200, 21) % 8
     token_N, before_N = tokens_BT[:, 1:].flatten(), tokens_BT[:, :-1].flatten()
     window_N = torch.arange(200).repeat_interleave(20)
-    columns_NF = torch.stack([(token_N == 3).float(), ((token_N == 3) & (before_N == 5)).float(), torch.rand(4000, generator=seeded()).sub(0.8).relu(),
-                              torch.zeros(4000), (window_N == 2).float(), (window_N % 10 < 2).float()], dim=1)
+    noise_N = torch.rand(4000, generator=seeded()).sub(0.8).relu()
+    columns_NF = torch.stack([(token_N == 3).float(), ((token_N == 3) & (before_N == 5)).float(), noise_N, torch.zeros(4000),
+                              (window_N == 2).float(), (window_N % 10 < 2).float()], dim=1)
     pearson, f1 = (value.tolist() for value in explanation_score(columns_NF, tokens_BT))
     assert min(pearson[:2] + f1[:2]) > 0.99 and abs(pearson[2]) < 0.1 and f1[2] < 0.35
     assert np.isnan([pearson[3], f1[3], pearson[4], f1[4]]).all() and abs(pearson[5]) < 0.1
