@@ -248,8 +248,8 @@ def stated_layer(file: Path, about: dict, otherwise: int) -> int:
         if about.get(key) is not None:
             return about[key][0] if isinstance(about[key], list) else about[key]
     name = about.get("hook_name") or about.get("hook_point") or (file.parent.name if file.name == "sae.safetensors" else "")
-    number = re.search(r"\d+", name)
-    return int(number[0]) if number else otherwise
+    number = re.search(r"(?:blocks|layers)\.(\d+)", name)
+    return int(number[1]) if number else otherwise
 
 
 # --------------------------------------------------------------------------------------------------------------- objectives
