@@ -296,9 +296,9 @@ def l1_decnorm(p: Pass) -> Tensor:
 
 
 def log(p: Pass) -> Tensor:
-    """Σ log(1 + f_i²) (a classic of sparse coding: Olshausen and Field 1996). Large features pay hardly more than middling ones;
-    nothing pushes a small one the last bit to 0."""
-    return p.features_NF.square().log1p().sum(-1)
+    """Σ log(1 + (f_i/σ)²), σ = 0.1 (a classic of sparse coding: Olshausen and Field 1996). Large features pay hardly more than middling
+    ones. Below σ it is a square, which shrinks all and puts nothing to 0: with σ = 1 the L0 target is met by features near 0."""
+    return (p.features_NF / 0.1).square().log1p().sum(-1)
 
 
 def sqrt(p: Pass) -> Tensor:

