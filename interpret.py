@@ -1,16 +1,20 @@
 """From coefficients to evidence: what each feature that RLHF moved stands for, and a page that shows it.
 
-Dimension key: B batch   T tokens   D hidden size   F SAE features   G the features looked at   V vocabulary
+Dimension key: B batch   T tokens   N rows (tokens, flattened)   D hidden size   F SAE features   G the features looked at
+               C classes of tokens   V vocabulary
 """
 
 import base64
+import copy
 import html
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ppo import Evaluated, Evaluation
@@ -128,6 +132,77 @@ def paired_samples(tokenizer: Tokenizer, evaluation: Evaluation, after: Evaluate
              "before": text(before.tokens_BT[b, -R:], before.mask_BT[b, -R:]), "score_before": before.scores_B[b].item(),
              "after": text(after.tokens_BT[b, -R:], after.mask_BT[b, -R:]), "score_after": after.scores_B[b].item()}
             for b in range(0, len(after.tokens_BT), evaluation.cfg.eval_samples)]
+
+
+# ---------------------------------------------------------------------------------------------- explanations without a judge
+
+class Explanation(NamedTuple):
+    """How far the text at hand predicts each column, on windows it was not fitted to; NaN for columns silent in either half."""
+    pearson_F: Tensor                    # between prediction and activation
+    f1_F: Tensor                         # of "active", predicted above the level that as many fitted rows reach as were active
+
+
+@torch.no_grad()
+def explanation_score(activations_NF: Tensor, tokens_BT: Tensor, strength: float = 2.0) -> Explanation:
+    """Predict each column of activations from the token and the one before it, fitted on even windows, scored on odd ones.
+
+    Rows are all tokens but each window's first, window by window (`sae.mlp_rows`). The prediction is the mean of the activations at the
+    same pair of tokens, drawn towards the mean at the same token, and that towards the mean of all, as if each of these had been seen
+    `strength` times more (an n-gram model with additive smoothing; compare Foote et al. 2023, N2G). No language model judges. Any
+    columns will do; dense ones, to be compared, are first made as sparse as features (`as_sparse_as`).
+    """
+    B, T = tokens_BT.shape
+    token_N = tokens_BT[:, 1:].flatten().unique(return_inverse=True)[1]
+    before_N = tokens_BT[:, :-1].flatten().long()
+    pair_N = (before_N * (token_N.max() + 1) + token_N).unique(return_inverse=True)[1]
+    token_of_pair = torch.zeros(int(pair_N.max()) + 1, dtype=torch.long).scatter(0, pair_N, token_N)
+    fit_N = (torch.arange(B) % 2 == 0).repeat_interleave(T - 1)
+    pearson, f1 = [], []
+    for columns_NF in activations_NF.float().cpu().split(256, dim=1):
+        seen_NF, held_NF = columns_NF[fit_N], columns_NF[~fit_N]
+        by_token_CF = class_means(seen_NF, token_N[fit_N], seen_NF.mean(0).expand(int(token_N.max()) + 1, -1), strength)
+        by_pair_CF = class_means(seen_NF, pair_N[fit_N], by_token_CF[token_of_pair], strength)
+        guess_NF, on_NF, active_F = by_pair_CF[pair_N[~fit_N]], held_NF > 0, (seen_NF > 0).sum(0)
+        guess_on_NF = guess_NF >= by_pair_CF[pair_N[fit_N]].sort(0, descending=True).values.gather(0, active_F.clamp(min=1)[None] - 1)
+        silent_F = (active_F == 0) | ~on_NF.any(0)
+        f1.append((2 * (on_NF & guess_on_NF).sum(0) / (on_NF.sum(0) + guess_on_NF.sum(0))).masked_fill(silent_F, torch.nan))
+        pearson.append(F.cosine_similarity(guess_NF - guess_NF.mean(0), held_NF - held_NF.mean(0), dim=0).masked_fill(silent_F, torch.nan))
+    return Explanation(torch.cat(pearson), torch.cat(f1))
+
+
+def class_means(values_NF: Tensor, class_N: Tensor, prior_CF: Tensor, strength: float) -> Tensor:
+    """-> mean_CF of each class's rows, with `strength` more rows equal to its prior."""
+    count_C = torch.bincount(class_N, minlength=len(prior_CF))[:, None]
+    return (strength * prior_CF).index_add(0, class_N, values_NF) / (count_C + strength)
+
+
+@torch.no_grad()
+def token_entropy(activations_NF: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """-> entropy_F in nats of the tokens on which each column is active, and share_F of the most frequent one; NaN where it is silent."""
+    token_N = tokens_BT[:, 1:].flatten().unique(return_inverse=True)[1]
+    on_NF = (activations_NF > 0).float().cpu()
+    share_CF = torch.zeros(int(token_N.max()) + 1, on_NF.shape[1]).index_add(0, token_N, on_NF) / on_NF.sum(0)
+    return torch.special.entr(share_CF).sum(0), share_CF.max(0).values
+
+
+# Controls, to be scored in the same way as an SAE's features: `mlp_rows` themselves (the MLP output's coordinates) and their products with
+# random unit directions, both through `as_sparse_as`, and the features of an SAE trained on `shuffled_weights`.
+
+def as_sparse_as(values_NG: Tensor, rate_F: Tensor) -> Tensor:
+    """-> (values − threshold)⁺ with a threshold for each column, such that their firing rates are spread as rate_F is."""
+    rate_G = rate_F.cpu().sort().values[torch.linspace(0, len(rate_F) - 1, values_NG.shape[1]).round().long()]
+    rank_G = (rate_G * len(values_NG)).round().long().clamp(max=len(values_NG) - 1)
+    threshold_G = values_NG.sort(0, descending=True).values.gather(0, rank_G.to(values_NG.device)[None])
+    return F.relu(values_NG - threshold_G)
+
+
+def shuffled_weights(model: Pythia, generator: torch.Generator) -> Pythia:
+    """-> a model whose parameters hold the same numbers, each tensor's in random order: it has learned nothing (Heap et al. 2025)."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        parameter.data = parameter.data.flatten()[order].view_as(parameter)
+    return model
 
 
 # -------------------------------------------------------------------------------------------------------------------- plots

@@ -164,10 +164,11 @@ class Rotary:
         self.cos_TK = angle_TK.cos().to(dtype)       # K here: half of the rotated dimensions
         self.sin_TK = angle_TK.sin().to(dtype)
 
-    def __call__(self, x_BHTK: Tensor, start: int) -> Tensor:
-        positions = slice(start, start + x_BHTK.shape[2])
-        cos, sin = self.cos_TK[positions], self.sin_TK[positions]
-        a, b, rest = x_BHTK.tensor_split((self.dims // 2, self.dims), dim=-1)
+    def __call__(self, x_BTH2K: Tensor, start: int) -> Tensor:
+        """Turn queries and keys (2) of tokens `start` and on."""
+        positions = slice(start, start + x_BTH2K.shape[1])
+        cos, sin = self.cos_TK[positions, None, None], self.sin_TK[positions, None, None]
+        a, b, rest = x_BTH2K.tensor_split((self.dims // 2, self.dims), dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
@@ -201,10 +202,9 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         # The fused projection is laid out (head, [q k v], head size), not (q k v, head, head size) as elsewhere: read it
         # the other way round and everything still runs, on garbage.
-        qkv_BHTK = self.query_key_value(x_BTD).view(B, T, self.num_heads, -1).transpose(1, 2)
-        query_BHTK, key_BHSK, value_BHSK = qkv_BHTK.chunk(3, dim=-1)
-        start = cache.length if cache else 0
-        query_BHTK, key_BHSK = rotary(query_BHTK, start), rotary(key_BHSK, start)
+        qkv_BTH3K = self.query_key_value(x_BTD).view(B, T, self.num_heads, 3, -1)
+        turned_BTH2K = rotary(qkv_BTH3K[..., :2, :], cache.length if cache else 0)
+        query_BHTK, key_BHSK, value_BHSK = (x_BTHK.transpose(1, 2) for x_BTHK in (*turned_BTH2K.unbind(3), qkv_BTH3K[..., 2, :]))
         if cache:
             key_BHSK, value_BHSK = cache.append(self.layer, key_BHSK, value_BHSK)
         # Softmax runs in float32 inside. A single new token sees all that is cached, so only T > 1 needs the causal mask.

@@ -1,23 +1,27 @@
 """Sparse autoencoders on one layer's MLP output: the model, its training, its evaluation, its files.
 
-Dimension key: B batch   T tokens   N rows (tokens, flattened)   D hidden size   F SAE features   V vocabulary
+Dimension key: B batch   T tokens   N rows (tokens, flattened)   D hidden size   F SAE features   G the dead ones   V vocabulary
 
 References:
     Bricken et al. 2023, "Towards Monosemanticity", transformer-circuits.pub/2023/monosemantic-features
     Anthropic, "Circuits Updates — April 2024", transformer-circuits.pub/2024/april-update (the input scaling)
+    each sparsity objective names its own paper: see `OBJECTIVES`
 """
 
+import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import Pythia, UserError, check_finite, read_json, read_safetensors, write_json, write_safetensors
+from pythia import Pythia, UserError, check_finite, load_state, read_json, read_safetensors, write_json, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class SAEConfig:
 
     num_features: int = 2048             # F; 8 × hidden size, as in the proposal
     objective: str = "l1"                # a name in OBJECTIVES
-    l0: float = 31.0                     # features active a token to aim at; 0: leave l1_coef as it is
+    l0: float = 31.0                     # features active a token to aim at (topk, batchtopk: k); 0: leave l1_coef as it is
     l1_coef: float = 1.0                 # weight of the sparsity penalty, beside squares summed over D, where E‖x‖² = D
     l0_rate: float = 0.01                # most that log l1_coef moves a step to reach the target
     tokens: int = 1_800_000              # rows trained on in all
@@ -45,6 +49,7 @@ class SAEConfig:
     eval_tokens: int = 32_768            # held-out tokens for the final figures
     context: int = 128                   # tokens a window, or less where the model has less
     checkpoint_seconds: float = 120.0    # between resumable states
+    load: str = ""                       # an SAE that is there already, ours or another library's (see read_sae): nothing is trained
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -56,17 +61,22 @@ class SAEConfig:
             raise UserError(f"--sae-context {self.context}: a window needs at least 2 tokens")
         if self.buffer_rows < 2 * self.batch_size:
             raise UserError(f"--sae-buffer-rows {self.buffer_rows} must hold at least two batches of {self.batch_size}")
+        least = 0 if OBJECTIVES[self.objective].penalty else 1
+        if not least <= self.l0 <= self.num_features:
+            raise UserError(f"--sae-l0 {self.l0:g}: {self.objective} needs a number from {least} to {self.num_features} features")
 
 
 # ------------------------------------------------------------------------------------------------------------------ the SAE
 
 class SAE(nn.Module):
-    """f = ReLU((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec,  rows of W_dec of unit norm   (Bricken et al. 2023).
+    """z = (x − b_dec) W_enc + b_enc,  f_i = z_i where z_i > θ_i, else 0,  x̂ = f W_dec + b_dec,  rows of W_dec of unit norm.
 
-    W_enc_DF, b_enc_F, W_dec_FD, b_dec_D; in files without the suffixes.
+    θ = 0 is the ReLU of Bricken et al. 2023. threshold_F holds another θ ≥ 0 (BatchTopK, JumpReLU, Gated), and k > 0 keeps only the
+    k largest features of each token (TopK). In all of them a token's features depend on nothing but that token.
+    W_enc_DF, b_enc_F, W_dec_FD, b_dec_D, threshold_F; in files without the suffixes.
     """
 
-    def __init__(self, d_in: int, num_features: int, generator: torch.Generator | None = None):
+    def __init__(self, d_in: int, num_features: int, generator: torch.Generator | None = None, k: int = 0):
         super().__init__()
         W_dec_FD = F.normalize(torch.randn(num_features, d_in, generator=generator), dim=-1)
         self.W_dec_FD = nn.Parameter(W_dec_FD)
@@ -74,15 +84,24 @@ class SAE(nn.Module):
         self.W_enc_DF = nn.Parameter(W_dec_FD.T * (2 * d_in / num_features))
         self.b_enc_F = nn.Parameter(torch.zeros(num_features))
         self.b_dec_D = nn.Parameter(torch.zeros(d_in))
+        self.register_parameter("threshold_F", None)
+        self.k = k
 
     @property
     def num_features(self) -> int:
         return self.W_dec_FD.shape[0]
 
+    def pre(self, x: Tensor) -> Tensor:
+        """x (…, D) -> z (…, F), the pre-activations."""
+        # b_dec folded into the bias: else autograd would compute a gradient of x, a sixth matrix product, only for b_dec.
+        return x @ self.W_enc_DF + (self.b_enc_F - self.b_dec_D @ self.W_enc_DF)
+
     def encode(self, x: Tensor) -> Tensor:
         """x (…, D) -> features (…, F), ≥ 0 and mostly 0."""
-        # b_dec folded into the bias: else autograd would compute a gradient of x, a sixth matrix product, only for b_dec.
-        return F.relu(x @ self.W_enc_DF + (self.b_enc_F - self.b_dec_D @ self.W_enc_DF))
+        features = F.relu(self.pre(x))
+        if self.threshold_F is not None:
+            features = features * (features > self.threshold_F)
+        return keep_largest(features, self.k) if self.k else features
 
     def decode(self, features: Tensor) -> Tensor:
         """features (…, F) -> reconstruction (…, D)."""
@@ -95,11 +114,28 @@ class SAE(nn.Module):
     @torch.no_grad()
     def unscaled(self, scale: float) -> "SAE":
         """-> this SAE of inputs multiplied by `scale`, as one of inputs as the model makes them: decoder rows keep their norm,
-        biases, and so features, are divided by the scale."""
-        sae = SAE(*self.W_enc_DF.shape)
-        for name, value in self.named_parameters():
-            sae.get_parameter(name).copy_(value / scale if name.startswith("b_") else value)
+        biases and thresholds, and so features, are divided by the scale."""
+        sae = copy.deepcopy(self)
+        for name, value in sae.named_parameters():
+            if name.startswith(("b_", "threshold")):
+                value /= scale
         return sae
+
+    @torch.no_grad()
+    def fold_gate(self, r_mag_F: Tensor, b_mag_F: Tensor) -> None:
+        """Turn a Gated SAE (see `gated`), whose gate this is, into the same one without a gate, with thresholds: its gate is open,
+        (x − b_dec) W + b_gate > 0, exactly where its magnitude z = e^r (x − b_dec) W + b_mag exceeds b_mag − e^r b_gate."""
+        self.threshold_F = nn.Parameter(F.relu(b_mag_F - r_mag_F.exp() * self.b_enc_F))
+        self.W_enc_DF *= r_mag_F.exp()
+        self.b_enc_F.copy_(b_mag_F)
+
+    @torch.no_grad()
+    def rescale(self, norm_F: Tensor) -> None:
+        """Divide decoder rows by norm_F, and multiply the features: x̂ stays as it is."""
+        self.W_dec_FD /= norm_F[:, None]
+        for value in (self.W_enc_DF, self.b_enc_F, self.threshold_F):
+            if value is not None:
+                value *= norm_F
 
     def save(self, folder: str | Path, *, model_name: str, layer: int, context: int) -> None:
         """Write sae_weights.safetensors and cfg.json, with the names that SAELens uses."""
@@ -108,43 +144,257 @@ class SAE(nn.Module):
         weights = {name.rpartition("_")[0]: value for name, value in self.state_dict().items()}
         write_safetensors(folder / "sae_weights.safetensors", weights)
         write_json(folder / "cfg.json", {
-            "architecture": "standard", "d_in": self.W_dec_FD.shape[1], "d_sae": self.num_features, "dtype": "float32",
+            "architecture": "topk" if self.k else "standard" if self.threshold_F is None else "jumprelu",
+            "d_in": self.W_dec_FD.shape[1], "d_sae": self.num_features, "dtype": "float32",
             "model_name": model_name, "hook_name": f"blocks.{layer}.hook_mlp_out", "hook_layer": layer, "context_size": context,
-            "activation_fn_str": "relu", "apply_b_dec_to_input": True, "normalize_activations": "none", "prepend_bos": True})
+            "activation_fn_str": "topk" if self.k else "relu", "activation_fn_kwargs": {"k": self.k} if self.k else {},
+            "apply_b_dec_to_input": True, "normalize_activations": "none", "prepend_bos": True})
 
 
-def load_sae(folder: str | Path, *, model: Pythia, model_name: str, layer: int) -> SAE:
-    """Load what `SAE.save` wrote, frozen; UserError where it was made for another model, layer or width."""
-    folder = Path(folder)
-    cfg, weights = read_json(folder / "cfg.json"), read_safetensors(folder / "sae_weights.safetensors")
+def load_sae(path: str | Path, *, model: Pythia, model_name: str, layer: int, tokens_BT: Tensor | None = None) -> SAE:
+    """Load what `SAE.save` or another library wrote (see `read_sae`), frozen.
+
+    UserError where it was made for another model, layer or width; and, where windows of text are given, if it explains no variance of
+    this layer's MLP output: an SAE of another site loads without complaint as long as the widths agree.
+    """
+    file, description, tensors = read_sae(Path(path))
     try:
-        made_for = cfg["model_name"], cfg["hook_layer"], cfg["d_in"]
-        shapes = {"W_enc": (cfg["d_in"], cfg["d_sae"]), "b_enc": (cfg["d_sae"],), "W_dec": (cfg["d_sae"], cfg["d_in"]),
-                  "b_dec": (cfg["d_in"],)}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'cfg.json'}: not a description of an SAE: {error!r}") from None
-    if made_for != (model_name, layer, model.cfg.hidden_size):
-        raise UserError(f"{folder}: this SAE was made for model {made_for[0]}, layer {made_for[1]}, width {made_for[2]}; "
-                        f"here are model {model_name}, layer {layer}, width {model.cfg.hidden_size}: train another (--out)")
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if found != shapes:
-        raise UserError(f"{folder / 'sae_weights.safetensors'}: tensors are {found}, cfg.json wants {shapes}")
-    sae = SAE(cfg["d_in"], cfg["d_sae"])
-    suffix = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"}
-    sae.load_state_dict({f"{name}_{suffix[name]}": value.float() for name, value in weights.items()})
-    return sae.requires_grad_(False).to(model.device)
+        cfg = read_json(description)
+        k, subtracts = sae_options(file, cfg, tensors)
+        found = {RENAMED.get(name, name): value.T if name.endswith("coder.weight") else value for name, value in tensors.items()}
+        d_in, num_features = found["W_enc"].shape
+        about = cfg | cfg.get("metadata", {}) | cfg.get("trainer", {})
+        made_for = str(about.get("model_name") or about.get("lm_name") or model_name), stated_layer(file, about, layer), d_in
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{description}: not a description of the SAE in {file.name}: {error!r}") from None
+    width = model.cfg.hidden_size
+    if made_for[0].split("/")[-1] != model_name.split("/")[-1] or made_for[1:] != (layer, width):
+        raise UserError(f"{path}: this SAE was made for model {made_for[0]}, layer {made_for[1]}, width {made_for[2]}; "
+                        f"here are model {model_name}, layer {layer}, width {width}: train another (--out)")
+    shapes, F_ = {name: tuple(value.shape) for name, value in found.items()}, (num_features,)
+    wanted = {"W_enc": (d_in, *F_), "W_dec": (*F_, d_in), "b_dec": (d_in,), "b_enc": F_, "threshold": F_, "r_mag": F_, "b_mag": F_}
+    if any(wanted.get(name) != shape for name, shape in shapes.items()) or not {"W_dec", "b_enc", "b_dec"} <= set(shapes):
+        raise UserError(f"{file}: tensors are {shapes}, {description.name} wants of {wanted} the first four or more")
+    sae = SAE(d_in, num_features, k=k).requires_grad_(False)
+    for name, suffix in (("W_enc", "DF"), ("W_dec", "FD"), ("b_enc", "F"), ("b_dec", "D")):
+        sae.get_parameter(f"{name}_{suffix}").copy_(found[name])
+    if not subtracts:
+        sae.b_enc_F += sae.b_dec_D @ sae.W_enc_DF
+    if "r_mag" in found:
+        sae.fold_gate(found["r_mag"].float(), found["b_mag"].float())
+    elif "threshold" in found:
+        sae.threshold_F = nn.Parameter(found["threshold"].float().clamp(min=0))
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        sae.rescale(sae.W_dec_FD.norm(dim=-1))
+    sae = sae.requires_grad_(False).to(model.device)
+    if tokens_BT is not None:
+        x_ND = mlp_rows(model, layer, tokens_BT).float()
+        fvu = ((x_ND - sae(x_ND)).square().sum() / (x_ND - x_ND.mean(0)).square().sum()).item()
+        if not fvu < 1:
+            raise UserError(f"{path}: wrong layer, site or scale: on the MLP output of layer {layer} it leaves {fvu:.3g} of the variance "
+                            f"unexplained, and no SAE at all leaves 1")
+    return sae
+
+
+# Names in other libraries' files, where nn.Linear keeps its matrix the other way round, too.
+RENAMED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc", "bias": "b_dec", "decoder.bias": "b_dec",
+           "decoder_bias": "b_dec", "gate_bias": "b_enc", "b_gate": "b_enc", "mag_bias": "b_mag"}
+
+
+def read_sae(path: Path) -> tuple[Path, Path, dict[str, Tensor]]:
+    """-> the file of the weights, the file that describes them, and the tensors as named there, for four kinds of files:
+
+    SAELens (and ours)   a folder with sae_weights.safetensors, cfg.json
+    sparsify             a folder with sae.safetensors, cfg.json
+    dictionary_learning  a folder with ae.pt, config.json
+    1L-Sparse-Autoencoder, naomi-laker/sparse-autoencoder    NAME.pt (the path to give), NAME_cfg.json beside it
+    """
+    kinds = {"sae_weights.safetensors": "cfg.json", "sae.safetensors": "cfg.json", "ae.pt": "config.json"}
+    file = path if path.suffix == ".pt" else next((path / name for name in kinds if (path / name).exists()), None)
+    if file is None:
+        raise UserError(f"{path}: no such file as {', '.join(kinds)} in this folder: not an SAE of a known kind")
+    tensors = load_state(file) if file.suffix == ".pt" else read_safetensors(file)
+    return file, file.with_name(kinds.get(file.name, f"{file.stem}_cfg.json")), tensors.get("ae", tensors)     # "ae": in backups
+
+
+def sae_options(file: Path, cfg: dict, tensors: dict[str, Tensor]) -> tuple[int, bool]:
+    """-> k (0: no TopK), and whether b_dec is taken from the input; `tensors` loses what is not one of the SAE's."""
+    if file.name == "sae_weights.safetensors":
+        if (cfg["d_in"], cfg["d_sae"]) != tuple(tensors["W_enc"].shape):
+            raise ValueError(f"d_in {cfg['d_in']} and d_sae {cfg['d_sae']}, but W_enc is {tuple(tensors['W_enc'].shape)} there")
+        if cfg.get("normalize_activations") not in (None, False, "none"):
+            raise ValueError(f"normalize_activations {cfg['normalize_activations']!r}: fold it into the weights first")
+        k = (cfg.get("k") or cfg["activation_fn_kwargs"]["k"]) if "topk" in (cfg.get("architecture"), cfg.get("activation_fn_str")) else 0
+        return k, cfg.get("apply_b_dec_to_input", True)
+    if file.name == "sae.safetensors":
+        if cfg.get("signed") or cfg.get("activation", "topk") != "topk":
+            raise ValueError("only TopK of positive features is known here")
+        return cfg["k"], not cfg.get("transcode")
+    if file.name == "ae.pt":
+        dict_class, k = cfg["trainer"]["dict_class"], int(tensors.pop("k", 0))
+        if dict_class == "AutoEncoderTopK":
+            tensors.pop("threshold")                     # for another way to encode, which is not that class's default
+            return k, True
+        if "threshold" in tensors:
+            width = len(tensors["encoder.bias" if "encoder.bias" in tensors else "b_enc"])
+            tensors["threshold"] = tensors["threshold"].expand(width)                    # BatchTopK has one for all
+        return 0, dict_class != "JumpReluAutoEncoder" and "decoder.bias" not in tensors
+    return 0, True
+
+
+def stated_layer(file: Path, about: dict, otherwise: int) -> int:
+    """-> the layer that the description or the folder's name (sparsify: layers.3.mlp) states; `otherwise` where neither does."""
+    for key in ("hook_layer", "layer", "layers"):
+        if about.get(key) is not None:
+            return about[key][0] if isinstance(about[key], list) else about[key]
+    name = about.get("hook_name") or about.get("hook_point") or (file.parent.name if file.name == "sae.safetensors" else "")
+    number = re.search(r"(?:blocks|layers)\.(\d+)", name)
+    return int(number[1]) if number else otherwise
 
 
 # --------------------------------------------------------------------------------------------------------------- objectives
+#
+# One place for all of them:   L = mean_N ‖x − x̂‖² + l1_coef · mean_N penalty + mean_N extra
+#
+# Squares are *summed* over D, penalties *summed* over features, and both *averaged* over rows (the paper of 2023 averages the squares
+# over D: its coefficient is 1/D of ours). Inputs are scaled so that E‖x‖² = D. To add an objective, write its penalty as a function
+# of a `Pass` and give it a line in OBJECTIVES; the rest (L0 target, resampling, saving) follows from that line.
 
-def l1(features_NF: Tensor) -> Tensor:
-    """Σ_i f_i -> penalty_N (Bricken et al. 2023). It shrinks what it keeps: an active feature pays for every bit of its height."""
-    return features_NF.sum(-1)
+class Pass(NamedTuple):
+    """One training step as an objective sees it."""
+    sae: SAE
+    x_ND: Tensor                         # inputs, scaled
+    pre_NF: Tensor                       # z
+    features_NF: Tensor                  # f
+    error_ND: Tensor                     # x − x̂
+    dead_F: Tensor                       # True: silent over the window
 
 
-# Penalties of a row's features, (features_NF) -> penalty_N. All are *summed* over features and *averaged* over rows, beside a
-# reconstruction error summed over D and averaged over rows; the paper averages over D, so its coefficient is 1/D of ours.
-OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {"l1": l1}
+class Objective(NamedTuple):
+    """A line of the table."""
+    penalty: Callable[[Pass], Tensor] | None             # -> penalty_N; None: L0 is fixed by the activation
+    activation: Callable[[SAE, Tensor, float], Tensor]   # (sae, pre_NF, l0 target) -> features_NF, in training
+    extra: Callable[[Pass], Tensor] | None = None        # -> loss_N that l1_coef does not weigh
+    vectors: dict[str, float] = {}                       # what it trains besides, F numbers each, and their first value
+    unit_norm: bool = True                               # decoder rows are held at norm 1, else scale would escape the penalty
+    resample: bool = False                               # dead features are given new directions (Bricken et al. 2023)
+
+
+def relu(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
+    """f = max(0, z)."""
+    return F.relu(pre_NF)
+
+
+def l1(p: Pass) -> Tensor:
+    """Σ f_i (Bricken et al. 2023). It shrinks what it keeps: an active feature pays for every bit of its height."""
+    return p.features_NF.sum(-1)
+
+
+def l1_decnorm(p: Pass) -> Tensor:
+    """Σ f_i ‖d_i‖ (Anthropic, April 2024): decoder norms are free, and paid for; folded into the features at the end."""
+    return p.features_NF @ p.sae.W_dec_FD.norm(dim=-1)
+
+
+def log(p: Pass) -> Tensor:
+    """Σ log(1 + (f_i/σ)²), σ = 0.1 (a classic of sparse coding: Olshausen and Field 1996). Large features pay hardly more than middling
+    ones. Below σ it is a square, which shrinks all and puts nothing to 0: with σ = 1 the L0 target is met by features near 0."""
+    return (p.features_NF / 0.1).square().log1p().sum(-1)
+
+
+def sqrt(p: Pass) -> Tensor:
+    """Σ √f_i (Riggs and Brinkmann 2024, "Improving SAEs by sqrt()-ing L1"); √(f + ε) − √ε with ε = 0.01, to bound the slope at 0."""
+    return ((p.features_NF + 0.01).sqrt() - 0.1).sum(-1)
+
+
+def tanh(p: Pass) -> Tensor:
+    """Σ tanh f_i (Anthropic, February 2024, as (A/B) tanh(B f); here B = 1): near L0 for features above 1. Those active on more
+    than a tenth of tokens were hard to interpret there."""
+    return p.features_NF.tanh().sum(-1)
+
+
+def hoyer(p: Pass) -> Tensor:
+    """(Σ f_i)² / Σ f_i² (Hoyer 2004; Yang et al. 2020, "DeepHoyer"): k for k equal features, whatever their size."""
+    return p.features_NF.sum(-1).square() / p.features_NF.square().sum(-1).clamp(min=1e-6)
+
+
+def keep_largest(features: Tensor, k: int) -> Tensor:
+    """features (…, F) -> the same with all but the k largest of each row at 0."""
+    values, ids = features.topk(min(k, features.shape[-1]), dim=-1, sorted=False)
+    return torch.zeros_like(features).scatter(-1, ids, values)
+
+
+def topk(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
+    """f = TopK(max(0, z)), the k largest of each row (Gao et al. 2024, "Scaling and evaluating sparse autoencoders")."""
+    return keep_largest(F.relu(pre_NF), sae.k)
+
+
+def batchtopk(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
+    """The k·N largest max(0, z) of the whole batch (Bussmann et al. 2024, "BatchTopK"). No token may depend on its batch when the SAE is
+    used: `SAE.encode` takes a threshold instead, the moving average of the smallest feature kept."""
+    features_NF = F.relu(pre_NF)
+    least = features_NF.detach().flatten().topk(round(l0 * len(pre_NF)), sorted=False).values.min()
+    with torch.no_grad():
+        sae.threshold_F.lerp_(least, 0.01 if sae.threshold_F.any() else 1.0)
+    return features_NF * (features_NF >= least)
+
+
+def auxk(p: Pass) -> Tensor:
+    """‖e − ê‖² / 32 (Gao et al. 2024): the D/2 largest of the *dead* features learn to reconstruct what the others leave, e = x − x̂,
+    held fixed. Features that no selection reaches would get no gradient otherwise."""
+    dead_NG = F.relu(p.pre_NF[:, p.dead_F])
+    guess_ND = keep_largest(dead_NG, p.x_ND.shape[1] // 2) @ p.sae.W_dec_FD[p.dead_F]
+    return (p.error_ND.detach() - guess_ND).square().sum(-1) / 32
+
+
+BANDWIDTH = 2.0          # ε of the straight-through estimators, where E‖x‖² = D
+
+
+def straight_step(sae: SAE, pre_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """-> H(z − θ), and a zero with the slope that stands in for H's: −(1/ε) 1[|z − θ| < ε/2] by θ, none by z."""
+    over_NF = pre_NF.detach() - sae.threshold_F.detach()
+    slope_NF = (over_NF.abs() < BANDWIDTH / 2) * ((sae.threshold_F.detach() - sae.threshold_F) / BANDWIDTH)
+    return (over_NF > 0).to(pre_NF.dtype), slope_NF
+
+
+def jumprelu(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
+    """f = z H(z − θ), ∂f/∂θ = −(θ/ε) 1[|z − θ| < ε/2] (Rajamanoharan et al. 2024, "Jumping Ahead"), θ learned, one a feature."""
+    step_NF, slope_NF = straight_step(sae, pre_NF)
+    return pre_NF * step_NF + sae.threshold_F.detach() * slope_NF
+
+
+def active(p: Pass) -> Tensor:
+    """‖f‖₀ = Σ H(z_i − θ_i) (same paper), ∂/∂θ = −(1/ε) 1[|z − θ| < ε/2]."""
+    return sum(straight_step(p.sae, p.pre_NF)).sum(-1)
+
+
+def gated(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
+    """f = 1[π > 0] max(0, e^r (x − b_dec) W_enc + b_mag), π = (x − b_dec) W_enc + b_gate (Rajamanoharan et al. 2024, "Improving Dictionary
+    Learning with Gated SAEs"): whether a feature is on, and how much, are two decisions. b_enc_F is b_gate until `SAE.fold_gate`."""
+    return (pre_NF > 0) * F.relu(sae.r_mag_F.exp() * (pre_NF - sae.b_enc_F) + sae.b_mag_F)
+
+
+def gate_l1(p: Pass) -> Tensor:
+    """Σ max(0, π_i) (same paper): only the gate is penalized, so that the features need not shrink."""
+    return F.relu(p.pre_NF).sum(-1)
+
+
+def gate_error(p: Pass) -> Tensor:
+    """‖x − x̂(max(0, π))‖², the decoder held fixed (same paper): it trains the gate, and holds π at the size that the penalty counts."""
+    return (p.x_ND - F.relu(p.pre_NF) @ p.sae.W_dec_FD.detach() - p.sae.b_dec_D.detach()).square().sum(-1)
+
+
+OBJECTIVES = {
+    "l1": Objective(l1, relu, resample=True),
+    "l1_decnorm": Objective(l1_decnorm, relu, unit_norm=False),
+    "log": Objective(log, relu, resample=True),
+    "sqrt": Objective(sqrt, relu, resample=True),
+    "tanh": Objective(tanh, relu, resample=True),
+    "hoyer": Objective(hoyer, relu, resample=True),
+    "topk": Objective(None, topk, extra=auxk),
+    "batchtopk": Objective(None, batchtopk, extra=auxk, vectors={"threshold_F": 0.0}),
+    "jumprelu": Objective(active, jumprelu, vectors={"threshold_F": 0.1}),
+    "gated": Objective(gate_l1, gated, extra=gate_error, vectors={"r_mag_F": 0.0, "b_mag_F": 0.0}),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- activations
@@ -211,15 +461,14 @@ def mlp_rows(model: Pythia, layer: int, tokens_BT: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------- training
 
 class SAETrainer:
-    """One SAE in training, on inputs scaled by one number so that E‖x‖² = D:
-
-        L = mean_N ‖x − x̂‖² + l1_coef · mean_N penalty(f)
-
-    with the decoder-norm constraint, a controller on l1_coef that reaches the L0 target, and resampling of dead features.
-    """
+    """One SAE in training, on inputs scaled by one number so that E‖x‖² = D, with the loss that stands above `OBJECTIVES`, the
+    decoder-norm constraint, a controller on l1_coef that reaches the L0 target, and resampling of dead features."""
 
     def __init__(self, sae: SAE, scale: float, cfg: SAEConfig, generator: torch.Generator):
         self.sae, self.scale, self.cfg, self.generator = sae, scale, cfg, generator
+        self.objective = OBJECTIVES[cfg.objective]
+        for name, value in self.objective.vectors.items():
+            setattr(sae, name, nn.Parameter(torch.full_like(sae.b_enc_F, value)))
         self.steps = max(1, cfg.tokens // cfg.batch_size)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, fused=True)
         self.l1_coef = cfg.l1_coef
@@ -228,28 +477,50 @@ class SAETrainer:
 
     def step(self, step: int, x_ND: Tensor) -> dict:
         """One update on unscaled rows -> the figures to log."""
-        cfg, x_ND = self.cfg, x_ND.float() * self.scale
+        cfg, sae, objective, x_ND = self.cfg, self.sae, self.objective, x_ND.float() * self.scale
         done = step / self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup * self.steps), (1 - done) / max(cfg.lr_decay, 1e-9))
         l1_coef = self.l1_coef * min(1.0, done / max(cfg.l1_warmup, 1e-9))
         with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):     # parameters and loss stay float32
-            features_NF = self.sae.encode(x_ND)
-            reconstruction_ND = self.sae.decode(features_NF)
-        error = (x_ND - reconstruction_ND.float()).square().sum(-1).mean()
-        penalty = OBJECTIVES[cfg.objective](features_NF.float()).mean()
+            pre_NF = sae.pre(x_ND).float()
+            features_NF = objective.activation(sae, pre_NF, cfg.l0)
+            reconstruction_ND = sae.decode(features_NF)
+        p = Pass(sae, x_ND, pre_NF, features_NF, x_ND - reconstruction_ND.float(), self.dead_F())
+        error = p.error_ND.square().sum(-1).mean()
+        loss = error + l1_coef * objective.penalty(p).mean() if objective.penalty else error
+        if objective.extra:
+            loss = loss + objective.extra(p).mean()
         self.optimizer.zero_grad()
-        (error + l1_coef * penalty).backward()
-        remove_radial_gradient(self.sae)
-        check_finite(f"sae, step {step}", self.optimizer, activation=x_ND, loss=error + l1_coef * penalty)
+        loss.backward()
+        if objective.unit_norm:
+            remove_radial_gradient(sae)
+        check_finite(f"sae, step {step}", self.optimizer, activation=x_ND, loss=loss)
         self.optimizer.step()
-        normalize_decoder(self.sae)
+        if objective.unit_norm:
+            normalize_decoder(sae)
+        if sae.threshold_F is not None:
+            sae.threshold_F.data.clamp_(min=0)
         fired_NF = features_NF.detach() > 0
         self.silent_F = torch.where(fired_NF.any(0), 0, self.silent_F + 1)
         l0 = fired_NF.sum().item() / len(x_ND)
         self.control(l0, done)
-        return {"loss": (error + l1_coef * penalty).item(), "fvu": (error / x_ND.var(0, correction=0).sum()).item(), "l0": l0,
-                "l1_coef": l1_coef, "dead": self.dead_F().float().mean().item()}
+        return {"loss": loss.item(), "fvu": (error / x_ND.var(0, correction=0).sum()).item(), "l0": l0, "l1_coef": l1_coef,
+                "dead": self.dead_F().float().mean().item()}
+
+    @torch.no_grad()
+    def finished(self, x_ND: Tensor) -> SAE:
+        """-> the SAE in the model's own units, frozen, as RLHF uses it; its decoder refitted on unscaled rows where L1 and its like
+        have shrunk the features."""
+        sae = self.sae.unscaled(self.scale).requires_grad_(False)
+        if self.objective.activation is gated:
+            sae.fold_gate(sae.r_mag_F, sae.b_mag_F)
+            del sae.r_mag_F, sae.b_mag_F
+        if not self.objective.unit_norm:
+            sae.rescale(sae.W_dec_FD.norm(dim=-1))
+        if self.cfg.refit and self.objective.activation is relu:
+            refit_decoder(sae, x_ND)
+        return sae.requires_grad_(False)
 
     def control(self, l0: float, done: float) -> None:
         """Move log l1_coef towards the L0 target, in proportion to the relative error of L0 (an integral controller)."""
@@ -263,7 +534,7 @@ class SAETrainer:
         return self.silent_F >= max(1, int(self.cfg.dead_window * self.steps))
 
     def resample_due(self, step: int) -> bool:
-        return step in {int(moment * self.steps) for moment in self.cfg.resample_at}
+        return self.objective.resample and step in {int(moment * self.steps) for moment in self.cfg.resample_at}
 
     def resample(self, x_ND: Tensor) -> int:
         """Give the dead features new directions, found among unscaled rows -> how many there were."""
@@ -335,12 +606,10 @@ def refit_decoder(sae: SAE, x_ND: Tensor, ridge: float = 1e-3) -> None:
     old = torch.cat([sae.W_dec_FD, sae.b_dec_D[None]])
     penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
     W_dec_FD, b_dec_D = torch.linalg.solve(gram + penalty, moment + penalty @ old).split([sae.num_features, 1])
-    norm_F = W_dec_FD.norm(dim=-1)
     sae.b_enc_F += (b_dec_D[0] - sae.b_dec_D) @ sae.W_enc_DF                          # the encoder sees what it saw before
     sae.b_dec_D.copy_(b_dec_D[0])
-    sae.W_dec_FD.copy_(W_dec_FD / norm_F[:, None])
-    sae.W_enc_DF *= norm_F
-    sae.b_enc_F *= norm_F
+    sae.W_dec_FD.copy_(W_dec_FD)
+    sae.rescale(W_dec_FD.norm(dim=-1))
 
 
 def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run, generator: torch.Generator) -> SAE:
@@ -349,27 +618,37 @@ def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run,
     `run` keeps the log and the resumable state (see train.Run).
     """
     model.check_layer(layer)
-    buffer = ActivationBuffer(model, layer, tokens_BT, cfg, generator)
-    d_in = model.cfg.hidden_size
+    return train_on_rows(ActivationBuffer(model, layer, tokens_BT, cfg, generator), [cfg], run, generator)[0]
+
+
+def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generator: torch.Generator) -> list[SAE]:
+    """Train one SAE for each configuration on the very same rows, drawn once -> the SAEs in the rows' own units. They may differ in
+    objective, L0 target and all else but `tokens`, `batch_size` and the resampling moments, which the first one sets."""
+    cfg, d_in, device, trainers = cfgs[0], buffer.rows_ND.shape[1], buffer.rows_ND.device, {}
     scale = math.sqrt(d_in / buffer.rows_ND.float().square().sum(-1).mean().item())         # April 2024: E‖x‖² = D
-    sae = SAE(d_in, cfg.num_features, generator).to(model.device)
-    with torch.no_grad():
-        sae.b_dec_D.copy_(buffer.rows_ND.float().mean(0) * scale)      # the mean, where the paper has the geometric median
-    trainer = SAETrainer(sae, scale, cfg, generator)
-    first = run.restore(trainer=trainer, buffer=buffer, generator=generator)
-    bar = tqdm(range(first, trainer.steps), desc="sae", initial=first, total=trainer.steps)
+    for i, each in enumerate(cfgs):
+        sae = SAE(d_in, each.num_features, generator, k=round(each.l0) if each.objective == "topk" else 0).to(device)
+        with torch.no_grad():
+            sae.b_dec_D.copy_(buffer.rows_ND.float().mean(0) * scale)         # the mean, where the paper has the geometric median
+        trainers[f"trainer{i}"] = SAETrainer(sae, scale, each, generator)
+    steps = trainers["trainer0"].steps
+    first = run.restore(**trainers, buffer=buffer, generator=generator)
+    bar = tqdm(range(first, steps), desc="sae", initial=first, total=steps, unit="tok", unit_scale=cfg.batch_size)
     for step in bar:
-        figures = trainer.step(step, buffer.draw(cfg.batch_size))
-        if trainer.resample_due(step):
-            figures["resampled"] = trainer.resample(buffer.draw(min(cfg.resample_rows, len(buffer.rows_ND) // 2)))
-        if step % 20 == 0 or step == trainer.steps - 1 or "resampled" in figures:
-            run.log(step=step, **figures)
-            bar.set_postfix(fvu=f"{figures['fvu']:.3f}", l0=f"{figures['l0']:.1f}", dead=f"{figures['dead']:.3f}")
-        run.checkpoint(step + 1, cfg.checkpoint_seconds, trainer=trainer, buffer=buffer, generator=generator)
-    sae = trainer.sae.unscaled(trainer.scale).requires_grad_(False).to(model.device)
-    if cfg.refit:
-        refit_decoder(sae, buffer.rows_ND[buffer.shuffled_N[:cfg.refit_rows].to(model.device)])
-    return sae
+        x_ND = buffer.draw(cfg.batch_size)
+        figures = [trainer.step(step, x_ND) for trainer in trainers.values()]
+        due = [i for i, trainer in enumerate(trainers.values()) if trainer.resample_due(step)]
+        if due:
+            x_ND = buffer.draw(min(cfg.resample_rows, len(buffer.rows_ND) // 2))
+            for i in due:
+                figures[i]["resampled"] = trainers[f"trainer{i}"].resample(x_ND)
+        if step % 20 == 0 or step == steps - 1 or due:
+            for each, some in zip(cfgs, figures):
+                run.log(step=step, **(some if len(cfgs) == 1 else {"objective": each.objective, "target": each.l0} | some))
+            bar.set_postfix(fvu=f"{figures[0]['fvu']:.3f}", l0=f"{figures[0]['l0']:.1f}", dead=f"{figures[0]['dead']:.3f}")
+        run.checkpoint(step + 1, cfg.checkpoint_seconds, **trainers, buffer=buffer, generator=generator)
+    sample_ND = buffer.rows_ND[buffer.shuffled_N[:cfg.refit_rows].to(device)]
+    return [trainer.finished(sample_ND) for trainer in trainers.values()]
 
 
 # --------------------------------------------------------------------------------------------------------------- evaluation
@@ -382,7 +661,9 @@ def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, batch_s
     fvu            Σ ‖x − x̂‖² / Σ ‖x − x̄‖², fraction of variance unexplained; x̄ is one mean over all rows
     l0, l1         mean number of active features, and mean Σ f_i ‖d_i‖, a row
     shrinkage      mean of ‖x̂‖ / ‖x‖
-    dead_fraction  share of features silent on all `rows` rows;  dense_fraction: share active on more than 1 % of them
+    dead_fraction  share of features silent on all `rows` rows, the window
+    rare_fraction  share active on fewer than 1e-5 of them (of fewer than 100,000 rows: silent);  dense_fraction: on more than 1 %
+    density        features by firing rate: 0, then up to 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1
     ce_*           mean next-token cross-entropy in nats: as the model is; with x̂, 0 or the mean in place of the MLP's output
     ce_recovered   (ce_zero − ce_sae) / (ce_zero − ce_base);  ce_recovered_mean: the same against mean-ablation
     """
@@ -405,9 +686,12 @@ def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, batch_s
         totals["shrinkage"] += (reconstruction_ND.norm(dim=-1) / x_ND.norm(dim=-1)).double().sum().item()
     mean_D = sum_D / rows
     variance = totals["square"] - rows * mean_D.square().sum().item()
+    rate_F = fired_F / rows
+    decades = torch.bucketize(rate_F, torch.tensor([0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], device=rate_F.device, dtype=rate_F.dtype))
     figures = {"mse": totals["error"] / rows, "fvu": totals["error"] / variance, "l0": totals["l0"] / rows, "l1": totals["l1"] / rows,
                "shrinkage": totals["shrinkage"] / rows, "dead_fraction": (fired_F == 0).double().mean().item(),
-               "dense_fraction": (fired_F > 0.01 * rows).double().mean().item(), "rows": rows}
+               "rare_fraction": (rate_F < 1e-5).double().mean().item(), "dense_fraction": (rate_F > 0.01).double().mean().item(),
+               "density": torch.bincount(decades, minlength=7).tolist(), "rows": rows}
     spliced = {"base": None, "sae": sae, "zero": torch.zeros_like, "mean": lambda mlp_BTD: mean_D.to(mlp_BTD.dtype).expand_as(mlp_BTD)}
     ce = {name: spliced_loss(model, layer, tokens_BT, replace, batch_size) for name, replace in spliced.items()}
     return figures | {f"ce_{name}": value for name, value in ce.items()} | {
@@ -428,3 +712,9 @@ def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable
         logits_BTV = model(batch_BT, edits={layer: edit} if replace else None)[:, :-1]
         total += F.cross_entropy(logits_BTV.float().flatten(0, 1), batch_BT[:, 1:].flatten(), reduction="sum").item()
     return total / (len(tokens_BT) * (tokens_BT.shape[1] - 1))
+
+
+def mmcs(rows_FD: Tensor, others_GD: Tensor) -> float:
+    """-> mean over the first dictionary's vectors of the largest cosine with any of the second's (mean max cosine similarity; Sharkey
+    et al. 2022): 1 where each is found again, be it in another order. Not symmetric."""
+    return (F.normalize(rows_FD, dim=-1) @ F.normalize(others_GD, dim=-1).T).max(1).values.mean().item()

@@ -32,13 +32,17 @@ from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, check_finite, lo
 # ------------------------------------------------------------------------------------------------------------------- stages
 
 def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
-    """Train a sparse autoencoder on the MLP output of --layer; text is sampled from the model, or read from --corpus."""
+    """Train a sparse autoencoder on the MLP output of --layer, or take that of --sae-load; text is sampled from the model, or read from
+    --corpus."""
     model, tokenizer, layer = load_model(args)
     generator = torch.Generator().manual_seed(args.seed)
     train_BT, heldout_BT = sae_text(args, cfg, model, tokenizer, run, generator)
-    trained = sae.train_sae(model, layer, train_BT, cfg, run, generator)
+    if cfg.load:
+        trained = sae.load_sae(cfg.load, model=model, model_name=model_name(args), layer=layer, tokens_BT=heldout_BT)
+    else:
+        trained = sae.train_sae(model, layer, train_BT, cfg, run, generator)
+        interpret.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
     trained.save(run.folder, model_name=model_name(args), layer=layer, context=train_BT.shape[1])
-    interpret.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
     return sae.evaluate_sae(model, layer, trained, heldout_BT)
 
 
@@ -76,6 +80,7 @@ def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, ru
     cards, firing_rate_F = interpret.make_cards(model, tokenizer, layer, trained, coef_F, bias_F, heldout_BT, cfg)
     interpret.plot_coefficients(run.folder / "coefficients.png", coef_F, firing_rate_F)
     plots = {"coefficients": run.folder / "coefficients.png", "RLHF": rlhf_folder / "curves.png", "SAE": sae_folder / "curves.png"}
+    plots = {name: path for name, path in plots.items() if path.exists()}                # an SAE of --sae-load has no curves
     page = interpret.write_report(run.folder, {
         "title": f"What RLHF changed in {model_name(args)}, layer {layer}", "num_features": trained.num_features,
         "rlhf": read_json(rlhf_folder / "metrics.json"), "sae": read_json(sae_folder / "metrics.json"),

@@ -2,6 +2,7 @@
 
     python tests/bench.py load|prefill|generate|sae|ppo|update [--model tiny|70m-random|…|6.9b-random|NAME] [--against transformers|trl]
     python tests/bench.py bow --corpus TRAIN.jsonl.gz --eval-corpus VAL.jsonl.gz --reward tiny-reward --half 1
+    python tests/bench.py planted --objective l1,topk --tokens 2000000
 
 Run by hand on an idle machine; no test depends on them. A random model has the shape of a Pythia and is written as a checkpoint first, so
 that the real loader is measured. --against needs that library installed (trl 1.12.0, the last release with PPO), which this project does not.
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo  # noqa: E402
 from pythia import Pythia, PythiaConfig, Tokenizer, read_rows, write_json, write_safetensors  # noqa: E402
 from reward import RewardModel, cut_pairs, encode_pairs, pad_right, pairs_from_labels  # noqa: E402
-from sae import SAE, SAEConfig, SAETrainer  # noqa: E402
+from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, mmcs, train_on_rows  # noqa: E402
 
 # name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed
 SHAPES = {"trl": (4, 192, 6, 4096), "14m": (6, 128, 4, 50304), "70m": (6, 512, 8, 50304), "160m": (12, 768, 12, 50304),
@@ -220,10 +221,8 @@ class PPOBench:
 
     @torch.no_grad()
     def generate(self) -> None:
-        mask_BT = torch.ones_like(self.prompt_BT)
-        parts = [ppo.respond(self.policy.model, self.policy.edits, self.prompt_BT[rows], mask_BT[rows], 0, self.cfg, self.generator)
-                 for rows in ppo.slices(self.cfg.episodes, self.cfg.micro_batch)]
-        self.tokens_BT, self.mask_BT = (torch.cat(tensors) for tensors in zip(*parts))
+        self.tokens_BT, self.mask_BT = ppo.respond(self.policy.model, self.policy.edits, self.prompt_BT, torch.ones_like(self.prompt_BT), 0,
+                                                   self.cfg, self.generator)
 
     def reference(self) -> None:
         """Trunk, features, logprobs of policy and reference, KL."""
@@ -385,9 +384,60 @@ def all_pairs_accuracy(chosen: Tensor, rejected: Tensor) -> float:
     return (chosen[:, None] > rejected).float().mean().item()
 
 
+class PlantedRows(ActivationBuffer):
+    """Rows whose features are known: x = Σ a_i g_i of unit directions g_i, the ith of them on with a probability ~ i^-0.7, `active` of
+    them on average, a_i uniform in 0.5 to 1.5."""
+
+    def __init__(self, rows: int, generator: torch.Generator, directions: int = 1024, d_in: int = 128, active: float = 10.0):
+        self.directions_GD = F.normalize(torch.randn(directions, d_in, generator=generator), dim=-1)
+        rate_G = torch.arange(1, directions + 1) ** -0.7
+        rate_G *= active / rate_G.sum()
+        chunks = []
+        for start in range(0, rows, 8192):
+            size = min(8192, rows - start), directions
+            on_NG = torch.rand(size, generator=generator) < rate_G
+            chunks.append((on_NG * (0.5 + torch.rand(size, generator=generator))) @ self.directions_GD)
+        self.rows_ND, self.generator, self.holds_all = torch.cat(chunks), generator, True
+        self.order_B, self.next_window = torch.empty(0), 0
+        self.shuffle()
+
+
+class NoRun:
+    """Training without a run folder."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, **figures) -> None:
+        self.lines.append(figures)
+
+    def restore(self, **parts) -> int:
+        return 0
+
+    def checkpoint(self, *arguments, **parts) -> None:
+        pass
+
+
+def planted(args: argparse.Namespace) -> None:
+    """Does an SAE find directions that are known? Mean over them of the best cosine with a decoder row, and features silent on all rows."""
+    for objective in args.objective.split(","):
+        generator = torch.Generator().manual_seed(args.seed)
+        buffer, run = PlantedRows(262_144, generator), NoRun()
+        cfg = SAEConfig(num_features=1024, objective=objective, l0=args.l0, tokens=args.tokens, lr=args.lr)
+        start = time.monotonic()
+        sae, = train_on_rows(buffer, [cfg], run, generator)
+        seconds = time.monotonic() - start
+        fired_F = torch.stack([(sae.encode(chunk) > 0).sum(0) for chunk in buffer.rows_ND.split(8192)]).sum(0)
+        print(json.dumps({"bench": "planted", "objective": objective, "seed": args.seed, "tokens": args.tokens, "lr": args.lr,
+                          "mean_best_cosine": round(mmcs(buffer.directions_GD, sae.W_dec_FD), 4),
+                          "dead": (fired_F == 0).float().mean().item(), "l0": round(fired_F.sum().item() / len(buffer.rows_ND), 2),
+                          "resampled": sum(line.get("resampled", 0) for line in run.lines), "fvu": round(run.lines[-1]["fvu"], 4),
+                          "seconds": round(seconds, 1)}), flush=True)
+
+
 def main() -> None:
     benches = {"load": bench_load, "trunk": bench_trunk, "prefill": bench_prefill, "generate": bench_generate, "sae": bench_sae,
-               "ppo": bench_ppo, "update": bench_update, "bow": bow, "write": lambda args: random_checkpoint(
+               "ppo": bench_ppo, "update": bench_update, "bow": bow, "planted": planted, "write": lambda args: random_checkpoint(
                    args.model.removesuffix("-random"), args.cache / args.model)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -414,6 +464,11 @@ def main() -> None:
     add("--eval-corpus")
     add("--reward", default="tiny-reward")
     add("--half", type=int, default=0)
+    add("--objective", default="l1,topk", help="of the planted bench")
+    add("--tokens", type=int, default=2_000_000)
+    add("--l0", type=float, default=10.0)
+    add("--lr", type=float, default=SAEConfig.lr)
+    add("--seed", type=int, default=0)
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype.replace("auto", "bfloat16" if args.device.type == "cuda" else "float32"))
     benches[args.bench](args)

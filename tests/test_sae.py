@@ -1,15 +1,18 @@
 """sae.py against its formulas in numpy, and on autoencoders whose figures are known without measuring."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench import NoRun, PlantedRows
 from conftest import CONFIG, complaint, killed_and_resumed, random_model, random_tokens
 from pythia import read_safetensors, write_json, write_safetensors
-from sae import (SAE, ActivationBuffer, SAEConfig, SAETrainer, evaluate_sae, load_sae, mlp_rows, normalize_decoder,
-                 refit_decoder, remove_radial_gradient, resample_dead, train_sae)
+from sae import (BANDWIDTH, OBJECTIVES, SAE, ActivationBuffer, Pass, SAEConfig, SAETrainer, active, auxk, evaluate_sae, gate_error,
+                 jumprelu, load_sae, mlp_rows, mmcs, normalize_decoder, refit_decoder, remove_radial_gradient, resample_dead, train_on_rows,
+                 train_sae)
 from train import Run
 
 D, F, LAYER = CONFIG.hidden_size, 80, 2
@@ -85,6 +88,75 @@ def test_files_round_trip_and_misuse_is_explained(tmp_path):
     for broken in ({key: value for key, value in cfg.items() if key != "d_sae"}, [cfg]):
         write_json(tmp_path / "cfg.json", broken)
         assert "cfg.json" in complaint(load_sae, tmp_path, model=model, model_name="tiny", layer=2)
+
+
+# ---------------------------------------------------------------------------------------------- other people's dictionaries
+
+GOLDEN = Path(__file__).parent / "golden" / "sae"
+PLACE = {"model_name": "EleutherAI/pythia-test", "layer": 1}
+
+
+def small_model():
+    """A model as wide as the golden SAEs."""
+    return random_model(hidden_size=8, num_heads=2, intermediate_size=16)
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.relative_to(GOLDEN) for path in GOLDEN.rglob("golden.safetensors")), ids=str)
+def test_other_libraries_files_encode_as_those_libraries_do(folder):
+    golden, model = read_safetensors(GOLDEN / folder / "golden.safetensors"), small_model()
+    sae = load_sae(GOLDEN / folder, model=model, **PLACE)
+    assert 0 < golden["features"].count_nonzero() < golden["features"].numel()
+    torch.testing.assert_close(sae.encode(golden["x"]), golden["features"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(sae(golden["x"]), golden["reconstruction"], atol=1e-5, rtol=0)
+    assert "layer 1" in complaint(load_sae, GOLDEN / folder, model=model, model_name=PLACE["model_name"], layer=2)
+    if "sparsify" not in str(folder):                            # whose files do not name the model
+        assert "pythia-test" in complaint(load_sae, GOLDEN / folder, model=model, model_name="EleutherAI/pythia-70m", layer=1)
+    assert "width 8" in complaint(load_sae, GOLDEN / folder, model=random_model(), **PLACE)
+
+
+def test_single_pt_files_load(tmp_path):
+    """1L-Sparse-Autoencoder's and naomi-laker's: NAME.pt and NAME_cfg.json."""
+    sae, x_ND = random_sae(8, 24, bias=-1.0), torch.randn(20, 8, generator=seeded())
+    weights = {name.rpartition("_")[0]: value.detach() for name, value in sae.named_parameters()}
+    torch.save(weights, tmp_path / "5.pt")
+    for cfg in ({"layer": 1, "act_name": "blocks.1.hook_mlp_out", "dict_size": 24}, {"model_name": "pythia-test", "layers": [1]}):
+        write_json(tmp_path / "5_cfg.json", cfg)
+        back = load_sae(tmp_path / "5.pt", model=small_model(), **PLACE)
+        assert torch.equal(back.encode(x_ND), sae.encode(x_ND)) and torch.equal(back(x_ND), sae(x_ND))
+        assert "layer 1" in complaint(load_sae, tmp_path / "5.pt", model=small_model(), model_name="pythia-test", layer=2)
+    torch.save({"W_enc": weights["W_enc"]}, tmp_path / "5.pt")
+    assert "5.pt" in complaint(load_sae, tmp_path / "5.pt", model=small_model(), **PLACE)
+    (tmp_path / "5_cfg.json").unlink()
+    assert "5_cfg.json" in complaint(load_sae, tmp_path / "5.pt", model=small_model(), **PLACE)
+
+
+def test_what_cannot_be_loaded_faithfully_is_refused(tmp_path):
+    sae, weights = random_sae(8, 24), tmp_path / "sae_weights.safetensors"
+    sae.save(tmp_path, model_name="pythia-test", layer=1, context=64)
+    cfg, tensors = json.loads((tmp_path / "cfg.json").read_text()), read_safetensors(weights)
+    write_json(tmp_path / "cfg.json", cfg | {"normalize_activations": "layer_norm"})
+    assert "layer_norm" in complaint(load_sae, tmp_path, model=small_model(), **PLACE)
+    weights.unlink()
+    write_safetensors(tmp_path / "sae.safetensors", {"encoder.weight": tensors["W_enc"].T.contiguous(), "encoder.bias": tensors["b_enc"],
+                                                     "W_dec": tensors["W_dec"], "b_dec": tensors["b_dec"]})
+    for changes, word in (({"k": 4, "signed": True}, "TopK"), ({"k": 4, "activation": "groupmax"}, "TopK"), ({}, "'k'")):
+        write_json(tmp_path / "cfg.json", changes)
+        assert word in complaint(load_sae, tmp_path, model=small_model(), **PLACE)
+    write_json(tmp_path / "cfg.json", {"k": 4})
+    assert load_sae(tmp_path, model=small_model(), **PLACE).k == 4
+
+
+def test_sae_of_another_site_is_refused_by_its_fvu(tmp_path):
+    model, tokens_BT = small_model(), random_tokens(8, 16)
+    sae = SAE(8, 16)
+    sae.W_dec_FD.data[:] = torch.cat([torch.eye(8), -torch.eye(8)])
+    sae.W_enc_DF.data[:] = 0.9 * sae.W_dec_FD.T
+    sae.save(tmp_path, model_name="pythia-test", layer=1, context=64)
+    load_sae(tmp_path, model=model, tokens_BT=tokens_BT, **PLACE)
+    for broken in (-1.0, 3.0, float("nan")):
+        sae.W_enc_DF.data[:] = broken * sae.W_dec_FD.T
+        sae.save(tmp_path, model_name="pythia-test", layer=1, context=64)
+        assert "wrong layer, site or scale" in complaint(load_sae, tmp_path, model=model, tokens_BT=tokens_BT, **PLACE)
 
 
 # ----------------------------------------------------------------------------------------------------------- training, in parts
@@ -191,6 +263,187 @@ def test_resampling_draws_in_proportion_to_the_squared_loss():
     assert all(drawn([100.0, 0.0], [0.0, 1.0]) for _ in range(20))
     share = sum(drawn([2 ** 0.5, 0.0], [0.0, 1.0]) for _ in range(600)) / 600
     assert abs(share - 0.8) < 0.06                               # losses 2 and 1: 4 of 5 (3 standard errors: 0.05)
+
+
+# --------------------------------------------------------------------------------------------------------------- objectives
+
+def objective_trainer(name: str, **changes) -> tuple[SAETrainer, torch.Tensor]:
+    """-> a trainer whose every parameter is random, 10 features of each token wanted, 7 of them dead; and rows."""
+    sae = random_sae()
+    sae.k = 10 if name == "topk" else 0
+    trainer, x_ND = trained_a_little(sae, steps=0, **{"objective": name, "l0": 10.0, "l1_coef": 0.7, **changes})
+    for vector in OBJECTIVES[name].vectors:
+        sae.get_parameter(vector).data += 0.5 * torch.rand(F, generator=seeded(6))
+    if not OBJECTIVES[name].unit_norm:
+        sae.W_dec_FD.data *= 0.5 + torch.rand(F, 1, generator=seeded(7))
+    trainer.silent_F[:7] = 1000
+    return trainer, x_ND
+
+
+def numpy_loss(trainer: SAETrainer, x_ND: torch.Tensor) -> tuple[float, np.ndarray]:
+    """-> loss and features of the trainer's objective on scaled rows, each formula written out once more, in float64."""
+    p = {name: value.detach().double().numpy() for name, value in trainer.sae.named_parameters()}
+    x, k = x_ND.double().numpy(), 10
+    z = (x - p["b_dec_D"]) @ p["W_enc_DF"] + p["b_enc_F"]
+    f, norm, dead, extra = np.maximum(z, 0), np.linalg.norm(p["W_dec_FD"], axis=1), trainer.dead_F().numpy(), 0.0
+    name = trainer.cfg.objective
+    if name == "topk":
+        f = np.where(f >= np.sort(f, axis=1)[:, -k, None], f, 0)
+    if name == "batchtopk":
+        f = np.where(f >= np.sort(f.flatten())[-k * len(f)], f, 0)
+    if name == "jumprelu":
+        f = np.where(z > p["threshold_F"], z, 0)
+    if name == "gated":
+        inner = (x - p["b_dec_D"]) @ p["W_enc_DF"]
+        f = np.where(z > 0, np.maximum(0, np.exp(p["r_mag_F"]) * inner + p["b_mag_F"]), 0)
+        extra = ((x - np.maximum(z, 0) @ p["W_dec_FD"] - p["b_dec_D"]) ** 2).sum(1)
+    e = x - f @ p["W_dec_FD"] - p["b_dec_D"]
+    if name in ("topk", "batchtopk"):
+        g = np.maximum(z, 0) * dead
+        g = np.where(g >= np.sort(g, axis=1)[:, -D // 2, None], g, 0)
+        extra = ((e - g @ p["W_dec_FD"]) ** 2).sum(1) / 32
+    with np.errstate(invalid="ignore"):
+        penalty = {"l1": f.sum(1), "l1_decnorm": (f * norm).sum(1), "log": np.log(1 + 100 * f ** 2).sum(1), "tanh": np.tanh(f).sum(1),
+                   "sqrt": (np.sqrt(f + 0.01) - 0.1).sum(1), "hoyer": np.nan_to_num(f.sum(1) ** 2 / (f ** 2).sum(1)),
+                   "jumprelu": (f > 0).sum(1), "gated": np.maximum(z, 0).sum(1)}.get(name, 0.0)
+    return np.mean((e ** 2).sum(1) + 0.7 * penalty + extra), f
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_equals_its_formula_in_numpy_and_reaches_every_parameter(name):
+    trainer, x_ND = objective_trainer(name)
+    loss, features = numpy_loss(trainer, 0.5 * x_ND)
+    before = {key: value.detach().clone() for key, value in trainer.sae.named_parameters()}
+    figures = trainer.step(50, x_ND)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-4) and figures["l0"] == pytest.approx((features > 0).sum(1).mean(), rel=1e-3)
+    for key, value in trainer.sae.named_parameters():
+        assert value.isfinite().all() and not torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_finished_sae_encodes_as_in_training_and_round_trips(name, tmp_path):
+    """In the model's units, rows of norm 1, a file that loads; batchtopk by its threshold: no token depends on its batch."""
+    trainer, x_ND = objective_trainer(name, refit=False)
+    sae, scaled_ND = trainer.finished(x_ND), 0.5 * x_ND
+    trained = OBJECTIVES[name].activation(trainer.sae, trainer.sae.pre(scaled_ND), 10.0).detach()
+    if name == "batchtopk":
+        trained = (pre := trainer.sae.pre(scaled_ND).relu().detach()) * (pre > 0.5 * sae.threshold_F)
+    if name == "l1_decnorm":
+        trained = trained * trainer.sae.W_dec_FD.norm(dim=-1)
+    assert (trained > 0).any() and (trained > 0).float().mean() < 0.5
+    torch.testing.assert_close(sae.encode(x_ND), trained / 0.5, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sae.W_dec_FD.norm(dim=-1), torch.ones(F))
+    torch.testing.assert_close(sae.encode(x_ND[5:6]), sae.encode(x_ND)[5:6], atol=1e-5, rtol=0)
+    sae.save(tmp_path, model_name="tiny", layer=2, context=64)
+    back = load_sae(tmp_path, model=random_model(), model_name="tiny", layer=2)
+    assert torch.equal(back.encode(x_ND), sae.encode(x_ND)) and torch.equal(back(x_ND), sae(x_ND))
+    kind = {"topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "gated": "jumprelu"}.get(name, "standard")
+    assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == kind
+
+
+def test_penalties_bear_rows_without_features():
+    for name, objective in OBJECTIVES.items():
+        if name not in ("jumprelu", "gated") and objective.penalty:
+            features_NF = torch.tensor([[0.0, 0.0], [1.0, 0.0]], requires_grad=True)
+            penalty_N = objective.penalty(Pass(SAE(3, 2), None, None, features_NF, None, None))
+            penalty_N.sum().backward()
+            assert features_NF.grad.isfinite().all() and abs(penalty_N[0]) < 1e-6 and penalty_N[1] > 0.5, name
+
+
+def test_scale_cannot_escape_a_penalty():
+    """Features halved and decoder rows doubled: the penalty of an objective that frees the rows stays; the others hold them at norm 1."""
+    trainer, x_ND = objective_trainer("l1_decnorm")
+    before, _ = numpy_loss(trainer, x_ND)
+    trainer.sae.rescale(torch.full((F,), 0.5))
+    assert numpy_loss(trainer, x_ND)[0] == pytest.approx(before)
+    for name in OBJECTIVES:
+        trainer, x_ND = objective_trainer(name)
+        trainer.step(50, x_ND)
+        norm_F = trainer.sae.W_dec_FD.detach().norm(dim=-1)
+        assert torch.allclose(norm_F, torch.ones(F)) == (name != "l1_decnorm")
+
+
+def test_straight_through_gradients_equal_the_papers():
+    """Of Σ w f + v ‖f‖₀, by θ and by z; and as a mean over many z they are the slopes of smooth expectations."""
+    sae, generator = SAE(4, 3), seeded()
+    sae.threshold_F = torch.nn.Parameter(torch.tensor([0.5, 1.0, 2.0]))
+    z_NF, w_NF = 6 * torch.rand(50, 3, generator=generator) - 2, torch.randn(50, 3, generator=generator)
+    z_NF.requires_grad_()
+    features_NF = jumprelu(sae, z_NF, 0)
+    ((w_NF * features_NF).sum() + 0.3 * active(Pass(sae, None, z_NF, features_NF, None, None)).sum()).backward()
+    z, w, theta = z_NF.detach().numpy(), w_NF.numpy(), np.array([0.5, 1.0, 2.0])
+    window = np.abs(z - theta) < BANDWIDTH / 2
+    np.testing.assert_allclose(sae.threshold_F.grad, (-(w * theta + 0.3) / BANDWIDTH * window).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(z_NF.grad, w * (z > theta), rtol=1e-5)
+    assert window.any(0).all() and not window.all()
+    sae.threshold_F.grad = None
+    grid_NF = torch.linspace(-1, 4, 50_001)[:, None].expand(-1, 3)                      # z uniform: density 1/5
+    (jumprelu(sae, grid_NF, 0).sum(-1) + active(Pass(sae, None, grid_NF, None, None, None))).mean().backward()
+
+    def expectation(theta):
+        """E f + E ‖f‖₀ of one feature."""
+        return (16 - theta ** 2) / 10 + (4 - theta) / 5
+
+    np.testing.assert_allclose(sae.threshold_F.grad, (expectation(theta + 1e-4) - expectation(theta - 1e-4)) / 2e-4, rtol=1e-2)
+
+
+def test_what_extra_losses_hold_fixed():
+    """AuxK teaches dead features only, Gated's second reconstruction leaves the decoder alone."""
+    for name, function in (("topk", auxk), ("gated", gate_error)):
+        trainer, x_ND = objective_trainer(name)
+        sae, dead_F = trainer.sae, trainer.dead_F()
+        pre_NF = sae.pre(x_ND)
+        features_NF = OBJECTIVES[name].activation(sae, pre_NF, 10.0)
+        p = Pass(sae, x_ND, pre_NF, features_NF, x_ND - sae.decode(features_NF), dead_F)
+        function(p).mean().backward()
+        assert (sae.W_enc_DF.grad != 0).any()
+        if name == "gated":
+            assert sae.W_dec_FD.grad is None
+        else:
+            for gradient_F in (sae.W_dec_FD.grad.abs().sum(1), sae.W_enc_DF.grad.abs().sum(0)):
+                assert gradient_F[dead_F].max() > 0 and gradient_F[~dead_F].eq(0).all()
+            assert auxk(p._replace(dead_F=torch.zeros(F, dtype=torch.bool))).sub(p.error_ND.square().sum(-1) / 32).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_reaches_its_l0_target(name):
+    generator = seeded()
+    rows = PlantedRows(4096, generator, directions=48, d_in=24, active=3)
+    cfg = SAEConfig(num_features=48, objective=name, l0=4.0, tokens=64 * 700, batch_size=64, lr=5e-3, resample_rows=512,
+                    **({"l0_rate": 0.01, "l1_coef": 0.1} if name == "jumprelu" else {"l0_rate": 0.02}))
+    sae, = train_on_rows(rows, [cfg], NoRun(), generator)
+    l0, x_ND = (sae.encode(rows.rows_ND) > 0).sum().item() / 4096, rows.rows_ND
+    assert l0 == pytest.approx(4.0, rel=0.2) and (x_ND - sae(x_ND)).square().sum() < 0.5 * (x_ND - x_ND.mean(0)).square().sum()
+
+
+@pytest.mark.parametrize("name", ["l1", "topk"])
+def test_planted_features_are_found(name):
+    generator = seeded()
+    rows = PlantedRows(16_384, generator, directions=32, d_in=32, active=2)
+    cfg = SAEConfig(num_features=32, objective=name, l0=2.0, tokens=128 * 800, batch_size=128, lr=1e-2, resample_rows=1024)
+    sae, = train_on_rows(rows, [cfg], NoRun(), generator)
+    assert mmcs(rows.directions_GD, sae.W_dec_FD) > 0.9
+    assert (sae.encode(rows.rows_ND) > 0).any(0).float().mean() > 0.95
+
+
+def test_several_objectives_train_on_the_same_rows_and_resume(tmp_path):
+    model, tokens_BT, draws = random_model(), random_tokens(40, 16), []
+    cfgs = [SAEConfig(num_features=64, objective=name, l0=8, tokens=64 * 40, batch_size=64, buffer_rows=300, resample_rows=100,
+                      resample_at=(0.5,), dead_window=0.01, checkpoint_seconds=0) for name in ("l1", "batchtopk", "gated")]
+
+    def train(run):
+        generator = seeded()
+        buffer = ActivationBuffer(model, LAYER, tokens_BT, cfgs[0], generator)
+        draw = buffer.draw
+        buffer.draw = lambda rows: draws.append(rows) or draw(rows)
+        return train_on_rows(buffer, cfgs, run, generator)
+
+    saes = train(Run(tmp_path / "a", {}, resume=False))
+    assert draws.count(64) == 40 and draws.count(100) == 1
+    resumed, run = killed_and_resumed(tmp_path / "b", 25, train)
+    for sae, again in zip(saes, resumed):
+        assert all(map(torch.equal, sae.state_dict().values(), again.state_dict().values()))
+    assert [(row["step"], row["objective"]) for row in run.rows()[-3:]] == [(39, "l1"), (39, "batchtopk"), (39, "gated")]
 
 
 # --------------------------------------------------------------------------------------------------------------- the buffer
@@ -310,12 +563,16 @@ def test_evaluation_equals_numpy_in_batches_of_any_size():
     error = ((x - reconstruction) ** 2).sum()
     want = {"rows": 15 * 11, "mse": error / 165, "fvu": error / ((x - x.mean(0)) ** 2).sum(), "l0": fired.sum() / 165,
             "l1": features.sum() / 165, "dead_fraction": (~fired.any(0)).mean(), "dense_fraction": (fired.mean(0) > 0.01).mean(),
+            "rare_fraction": (fired.mean(0) < 1e-5).mean(),
             "shrinkage": (np.linalg.norm(reconstruction, axis=1) / np.linalg.norm(x, axis=1)).mean()}
     assert 0 < want["dead_fraction"] < 1 - want["dense_fraction"] < 1
     figures = [evaluate_sae(model, LAYER, sae, tokens_BT, batch_size) for batch_size in (15, 4)]
     for some in figures:
         assert {key: some[key] for key in want} == pytest.approx(want, rel=1e-4)
-    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+        rate = fired.mean(0)
+        assert some["density"] == [(rate == 0).sum()] + [((rate > low) & (rate <= high)).sum() for low, high in (
+            (0, 1e-5), (1e-5, 1e-4), (1e-4, 1e-3), (1e-3, 1e-2), (1e-2, 1e-1), (1e-1, 1))]
+    assert {**figures[0], "density": 0} == pytest.approx({**figures[1], "density": 0}, rel=1e-4)
 
     def loss(replace=None) -> float:
         """Next-token loss with the MLP's output replaced by a hook, without the model's own edits; first tokens as they are."""
@@ -334,8 +591,18 @@ def test_evaluation_equals_numpy_in_batches_of_any_size():
     assert figures[0]["ce_recovered"] == pytest.approx((ce["zero"] - ce["sae"]) / (ce["zero"] - ce["base"]), rel=1e-3)
 
 
+def test_mmcs_finds_a_dictionary_again_in_another_order():
+    rows_FD = torch.randn(20, 8, generator=seeded())
+    order = torch.randperm(20, generator=seeded(1))
+    assert mmcs(rows_FD, 3 * rows_FD[order]) == pytest.approx(1, abs=1e-6)
+    a, b = rows_FD[:12].numpy(), rows_FD[12:].numpy()
+    want = np.mean([max(u @ v / np.linalg.norm(u) / np.linalg.norm(v) for v in b) for u in a])
+    assert mmcs(rows_FD[:12], rows_FD[12:]) == pytest.approx(want, rel=1e-5) and want < 0.95
+
+
 @pytest.mark.parametrize("field, value", [
-    ("objective", "l7"), ("num_features", 0), ("batch_size", 0), ("tokens", 0), ("buffer_rows", -1), ("buffer_rows", 2 * SAEConfig.batch_size - 1),
+    ("objective", "l7"), ("l0", -1.0), ("l0", 1e9), ("num_features", 0), ("batch_size", 0), ("tokens", 0),
+    ("buffer_rows", -1), ("buffer_rows", 2 * SAEConfig.batch_size - 1),
     ("eval_tokens", 0), ("resample_rows", 0), ("text_tokens", 0), ("context", 1)])
 def test_config_refuses(field, value):
     assert f"--sae-{field.replace('_', '-')}" in complaint(SAEConfig, **{field: value})
