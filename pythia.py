@@ -539,7 +539,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")     # in old files; constants, made anew here
 MAX_HEADER = 10_000_000                              # bytes, of 100,000 tensors; once parsed it takes up to 30 times the memory
-MAX_DIMS = 8
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -562,7 +561,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            if any(type(n) is not int for n in (*shape, begin, stop)) or len(shape) > MAX_DIMS:
+            if any(type(n) is not int for n in (*shape, begin, stop)) or len(shape) > 8:
                 raise ValueError(f"tensor {name!r} has shape or offsets that are none")
             if any(not 0 <= n <= len(data) for n in shape) or begin != end:
                 raise ValueError(f"tensor {name!r} has shape {shape} at {begin}, where {end} was next")
@@ -693,10 +692,10 @@ def read_weights(files: "CheckpointFiles") -> Iterator[dict[str, Tensor]]:
             continue
         for shard in shards:
             path = files.need(shard)
-            shard = read_safetensors(path) if whole.endswith("safetensors") else load_state(path, mmap=True)
-            if not isinstance(shard, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in shard.items()):
+            tensors = read_safetensors(path) if whole.endswith("safetensors") else load_state(path, mmap=True)
+            if not isinstance(tensors, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()):
                 raise UserError(f"{path}: holds something else than tensors by name")
-            yield shard
+            yield tensors
         return
     raise UserError(f"{files}: has neither model.safetensors nor pytorch_model.bin, nor an index of their shards")
 
