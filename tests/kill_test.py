@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch._dynamo  # noqa: E402, F401  (torch imports it late, which would be once for every child)
+
 import train  # noqa: E402
 from pythia import read_json  # noqa: E402
 
@@ -134,12 +136,12 @@ class Stage:
 def kill_and_resume(stage: Stage, kills: int, rng: random.Random) -> str:
     """Kill `kills` times in all -> one line of what happened; AssertionError where a run does not end with the same bits."""
     killed = with_state = torn = runs = 0
-    while killed < kills or out is not None:
-        if killed == 0 or out is None:
-            out = stage.fresh()
+    out = None
+    while killed < kills or out:
+        out = out or stage.fresh()
         child = start(command(stage.name, out))
         if killed < kills:
-            time.sleep(rng.uniform(0, stage.seconds))
+            time.sleep(rng.uniform(0, 0.7 * stage.seconds))      # what is left of a resumed run is shorter
             os.kill(child[0], signal.SIGKILL)
         code, told = wait(child)
         assert code in (0, -signal.SIGKILL), f"{stage.name}: exit code {code}: {told}"
