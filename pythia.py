@@ -550,7 +550,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")     # in old files; constants, made anew here
 MAX_HEADER = 10_000_000                              # bytes, of 100,000 tensors; once parsed it takes up to 30 times the memory
-MAX_DIMS = 8
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -580,7 +579,7 @@ def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            if any(type(n) is not int for n in (*shape, begin, stop)) or len(shape) > MAX_DIMS:
+            if any(type(n) is not int for n in (*shape, begin, stop)) or len(shape) > 8:
                 raise ValueError(f"tensor {name!r} has shape or offsets that are none")
             if any(not 0 <= n <= len(data) for n in shape) or begin != end:
                 raise ValueError(f"tensor {name!r} has shape {shape} at {begin}, where {end} was next")

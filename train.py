@@ -517,17 +517,16 @@ def main(argv: list[str] | None = None) -> int:
             stages = ["sae", "rlhf"]
         for stage in stages:
             run_stage(stage, args, configs)
+        return 0
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code, told = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).splitlines()[0]}): lower --lm-micro-batch, --sae-buffer-rows and --sae-batch-size, "
-              "--reward-batch-size or --rlhf-micro-batch, or take --dtype bfloat16", file=sys.stderr)
-        return 2
+        code, told = 2, (f"error: out of GPU memory ({str(error).splitlines()[0]}): lower --lm-micro-batch, --sae-buffer-rows and "
+                         "--sae-batch-size, --reward-batch-size or --rlhf-micro-batch, or take --dtype bfloat16")
     except KeyboardInterrupt as stopped:
-        print("stopped; --resume goes on from the last saved state", file=sys.stderr)
-        return 128 + (stopped.args or (signal.SIGINT,))[0]
-    return 0
+        code, told = 128 + (stopped.args or (signal.SIGINT,))[0], "stopped; --resume goes on from the last saved state"
+    print(told, file=sys.stderr)                     # not before the traceback is gone, and with it an unfinished progress bar
+    return code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Runs that are killed at random moments, and runs whose disk is full, against runs that are left alone: the same bits in the end.
+"""Runs killed at random moments, or stopped by a full disk or a signal, against runs left alone: the same bits in the end.
 
-    python tests/kill_test.py [STAGE ...] [--kills 20]        each stage with so many kills, then each with a full disk; prints what it found
+    python tests/kill_test.py [STAGE ...] [--kills 20]        prints a line for each kind of end and stage
 
 Every run is a forked child, so that importing torch is paid for once. SIGKILL comes at a random moment of what an uninterrupted run
 takes; --resume goes on, is killed again, and so on until a run gets through; then all begins anew, until the kills are used up.
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -22,17 +23,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch._dynamo  # noqa: E402, F401  (torch imports it late, which would be once for every child)
+
 import train  # noqa: E402
 from pythia import read_json  # noqa: E402
 
 # Figures that clocks and the machine decide.
 MEASURED = {"seconds", "seconds_per_iteration", "episodes_per_second", "tokens_per_second", "peak_memory_gib", "command"}
 SHORT = {                                            # options that make a stage a matter of seconds
-    "lm": "--lm-num-layers 2 --lm-hidden-size 32 --lm-num-heads 2 --lm-context 32 --lm-tokens 40000 --lm-batch-size 4 --lm-checkpoint-seconds 0.1",
-    "reward": "--reward-epochs 12 --reward-batch-size 8 --reward-max-tokens 32 --reward-min-tokens 8 --reward-checkpoint-seconds 0.1",
-    "sae": "--sae-context 32 --sae-text-tokens 16000 --sae-eval-tokens 1024 --sae-tokens 60000 --sae-batch-size 256 --sae-num-features 256 "
-           "--sae-buffer-rows 8192 --sae-resample-rows 256 --sae-checkpoint-seconds 0.1",
-    "rlhf": "--rlhf-iterations 12 --rlhf-episodes 16 --rlhf-eval-every 4 --rlhf-eval-samples 1 --rlhf-response-tokens 5 "
+    "lm": "--lm-num-layers 2 --lm-hidden-size 32 --lm-num-heads 2 --lm-context 32 --lm-tokens 10000 --lm-batch-size 4 "
+          "--lm-checkpoint-seconds 0.1",
+    "reward": "--reward-epochs 24 --reward-batch-size 8 --reward-max-tokens 32 --reward-min-tokens 8 --reward-checkpoint-seconds 0.1",
+    "sae": "--sae-context 32 --sae-text-tokens 4000 --sae-eval-tokens 512 --sae-tokens 20000 --sae-batch-size 128 --sae-num-features 256 "
+           "--sae-buffer-rows 2048 --sae-resample-rows 256 --sae-checkpoint-seconds 0.1",
+    "rlhf": "--rlhf-iterations 6 --rlhf-episodes 16 --rlhf-eval-every 2 --rlhf-eval-samples 1 --rlhf-response-tokens 4 "
             "--rlhf-checkpoint-seconds 0.1",
     "interpret": "--interpret-features 8"}
 NEEDS = {"lm": (), "reward": ("lm",), "sae": (), "rlhf": ("sae",), "interpret": ("sae", "rlhf-coef")}
@@ -45,7 +49,9 @@ def command(stage: str, out: Path) -> list[str]:
     if not texts.exists():
         texts.write_text("".join(json.dumps({"text": f"a {'good' if i % 2 else 'bad'} film, number {i}, that I saw", "label": i % 2}) + "\n"
                                  for i in range(80)))
-    options = ["--stage", stage, "--out", str(out), "--resume", *SHORT[stage].split()]
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("".join(f"this {word} film\n" for word in ("good", "bad", "old", "new", "long", "French", "silent", "little")))
+    options = ["--stage", stage, "--out", str(out), "--resume", "--eval-prompts", str(prompts), *SHORT[stage].split()]
     if stage in ("lm", "reward"):
         options += ["--corpus", str(texts), "--eval-corpus", str(texts)]
     return options + ["--model", str(out / "lm" / "model")] if stage == "reward" else options
@@ -130,12 +136,12 @@ class Stage:
 def kill_and_resume(stage: Stage, kills: int, rng: random.Random) -> str:
     """Kill `kills` times in all -> one line of what happened; AssertionError where a run does not end with the same bits."""
     killed = with_state = torn = runs = 0
-    while killed < kills or out is not None:
-        if killed == 0 or out is None:
-            out = stage.fresh()
+    out = None
+    while killed < kills or out:
+        out = out or stage.fresh()
         child = start(command(stage.name, out))
         if killed < kills:
-            time.sleep(rng.uniform(0, stage.seconds))
+            time.sleep(rng.uniform(0, 0.7 * stage.seconds))      # what is left of a resumed run is shorter
             os.kill(child[0], signal.SIGKILL)
         code, told = wait(child)
         assert code in (0, -signal.SIGKILL), f"{stage.name}: exit code {code}: {told}"
@@ -150,20 +156,31 @@ def kill_and_resume(stage: Stage, kills: int, rng: random.Random) -> str:
             f"a file half written at {torn}; 0 runs with other bits")
 
 
-def fill_disk(stage: Stage, limits: list[int]) -> str:
-    """Resume with no room for files beyond a size, each larger size in turn -> one line of what happened."""
+def fill_disk(stage: Stage, limits: list[int], writes: list[int]) -> str:
+    """Resume with no room for files beyond each size, then on a disk that is full from the nth file on -> one line of what happened."""
     out, refused = stage.fresh(), []
-    for limit in limits:
-        def no_room():
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                       # so that a write fails, as on a full disk
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        before = contents(out / stage.folder).get("state.pt")
-        code, told = wait(start(command(stage.name, out), no_room))
+
+    def no_room(size: int) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                           # so that a write fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    def full_from(number: int) -> None:
+        left, fsync = iter(range(number)), os.fsync
+
+        def failing(descriptor: int) -> None:
+            if next(left, None) is None:
+                raise OSError(28, "No space left on device")
+            fsync(descriptor)
+        os.fsync = failing
+
+    for prepare in [lambda size=size: no_room(size) for size in limits] + [lambda number=number: full_from(number) for number in writes]:
+        had_state = (out / stage.folder / "state.pt").exists()
+        code, told = wait(start(command(stage.name, out), prepare))
         if code:
-            assert code == 2 and told.startswith("error: ") and "\n" not in told and "cannot be written (File too large)" in told, told
+            assert code == 2 and re.fullmatch(r"error: .*: cannot be written \((File too large|No space left on device)\).*", told), told
             refused.append(told.partition(": cannot")[0].rpartition("/")[2])
             assert not list(out.rglob("*.tmp")), "a half-written file was left"
-            assert before is None or (out / stage.folder / "state.pt").exists(), "the state of before is gone"
+            assert not had_state or (out / stage.folder / "state.pt").exists(), "the state of before is gone"
     code, told = wait(start(command(stage.name, out)))
     assert code == 0, told
     stage.check(out)
@@ -193,7 +210,7 @@ def sample() -> None:
     rng = random.Random(1)
     with tempfile.TemporaryDirectory() as root:
         stage = Stage("lm", Path(root))
-        print(kill_and_resume(stage, 2, rng), fill_disk(stage, [0, 2000, 100_000]), stop_politely(stage, signal.SIGTERM, rng), sep="\n")
+        print(kill_and_resume(stage, 2, rng), fill_disk(stage, [0, 2000], [2]), stop_politely(stage, signal.SIGTERM, rng), sep="\n")
 
 
 def test_a_sample():
@@ -214,7 +231,7 @@ def main() -> None:
         for name in args.stages:
             stage = Stage(name, Path(root))
             print(kill_and_resume(stage, args.kills, rng), flush=True)
-            print(fill_disk(stage, [0, 100, 500, 2000, 10_000, 50_000, 200_000, 500_000, 2_000_000]), flush=True)
+            print(fill_disk(stage, [0, 2000, 200_000], [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]), flush=True)
             if name != "interpret":                  # which has no state
                 print(stop_politely(stage, signal.SIGINT, rng), flush=True)
                 print(stop_politely(stage, signal.SIGTERM, rng), flush=True)

@@ -450,12 +450,12 @@ def test_nan_is_named_before_a_step(tmp_path, monkeypatch, poison, named):
     def score_fn(tokens_BT, mask_BT):
         scores_B = sevens(tokens_BT, mask_BT)
         late = next(calls) >= 40                     # behind the 32 calls of 256 samples and the 4 of the first rollout
-        if poison == "edit" and late:
-            policy.trainable()["2.coef_F"].data.fill_(torch.nan)
         if poison == "model" and late:
             model.gpt_neox.layers[0].mlp.dense_h_to_4h.bias.fill_(torch.inf)
         return scores_B / 0 if poison == "score" and late else scores_B
 
+    if poison == "edit":
+        policy.trainable()["2.coef_F"].data.fill_(torch.nan)
     if poison == "critic":
         monkeypatch.setattr(Critic, "forward", lambda self, prefix_BR, hidden_BRD: prefix_BR * torch.nan)
     if poison == "loss":

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from conftest import complaint
 from pythia import Pythia, PythiaConfig, Tokenizer, load_state, read_json, read_safetensors
 
 ROOT = Path(__file__).parent.parent
@@ -172,6 +173,8 @@ def test_the_log_goes_back_to_the_saved_state(tmp_path):
     log.write_text(log.read_text() + '{"step": 3, "lo')                # torn
     assert run.restore(generator=generator) == 2 and [row["step"] for row in run.rows()] == [0, 1]
     assert torch.equal(generator.get_state(), saved)
+    (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)         # no line can be written there
+    assert "metrics.jsonl: cannot be written" in complaint(train.Run(tmp_path / "other", {}, resume=False).log, step=0)
     log.unlink()                                                       # lost, as where the machine went
     assert run.restore(generator=generator) == 2 and [row["step"] for row in run.rows()] == [0, 1]
 
@@ -222,7 +225,7 @@ def test_nan_is_named_and_the_last_good_state_kept(tmp_path, monkeypatch, capsys
 
     def loss(model, tokens_BT):
         value = honest(model, tokens_BT)
-        if next(calls) != 3:
+        if next(calls) != 6:                         # two a step
             return value
         return value + (0 * model.embed_out.weight.sum()).sqrt() if poison is None else value * poison         # √0: no finite slope
     monkeypatch.setattr(train, "next_token_loss", loss)
