@@ -25,7 +25,7 @@ from pythia import Pythia, Tokenizer, UserError, check_finite, pad_left
 from sae import SAE
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
-POLICIES = ("coef", "full", "lora")
+POLICIES = ("coef", "random", "neurons", "steer", "lora", "full")
 EDITS = ("scale", "scale+bias")
 
 
@@ -110,13 +110,40 @@ class FeatureScale(nn.Module):
                                      mode="sum").view(B, T, -1)
         return change_BTD if self.bias_F is None else change_BTD + self.bias_F @ self.sae.W_dec_FD
 
-    @torch.no_grad()
-    def shrink(self, amount: float) -> None:
-        """Proximal step of an L1 penalty on c − 1 and b: move each by `amount` towards its start, and no further.
-        What the reward does not hold away from it comes to rest *exactly* at 1 (or 0)."""
-        self.coef_F.copy_(1 + F.softshrink(self.coef_F - 1, amount))
-        if self.bias_F is not None:
-            self.bias_F.copy_(F.softshrink(self.bias_F, amount))
+
+class NeuronScale(nn.Module):
+    """A control: m' = m + ((c − 1) ⊙ n) W_out, one coefficient for each of the MLP's own neurons n; no dictionary was learned."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.W_out_DM = mlp.dense_4h_to_h.weight             # nn.Linear keeps it this way round
+        self.coef_M = nn.Parameter(torch.ones(self.W_out_DM.shape[1], device=self.W_out_DM.device))
+
+    def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
+        return self.change(neurons_BTM)
+
+    def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
+        return neurons_BTM
+
+    def change(self, neurons_BTM: Tensor) -> Tensor:
+        return F.linear(((self.coef_M - 1) * neurons_BTM).to(self.W_out_DM.dtype), self.W_out_DM)
+
+
+class Steer(nn.Module):
+    """A control: m' = m + v, one vector added everywhere (activation addition; Turner et al. 2023, arXiv:2308.10248), v = 0 at the start."""
+
+    def __init__(self, hidden_size: int, device: torch.device):
+        super().__init__()
+        self.vector_D = nn.Parameter(torch.zeros(hidden_size, device=device))
+
+    def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
+        return self.vector_D.to(mlp_BTD.dtype)
+
+    def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> None:
+        return None
+
+    def change(self, _: None) -> Tensor:
+        return self.vector_D
 
 
 def sparse(features_BTF: Tensor) -> SparseFeatures:
@@ -139,7 +166,7 @@ class Trunk(NamedTuple):
     """What of a rollout does not depend on the learned parameters, one row an episode."""
     ref_hidden_BRD: Tensor               # the reference's final hidden states at the positions that predict the response
     resid_BTD: Tensor | None = None      # after the lowest edited layer, without its edit
-    features: SparseFeatures | None = None      # at that layer
+    features: SparseFeatures | Tensor | None = None      # what that layer's edit needs to know: features, or the MLP's neurons
 
 
 class EditPolicy:
@@ -152,7 +179,7 @@ class EditPolicy:
 
     default_lr = 0.25
 
-    def __init__(self, model: Pythia, edits: dict[int, FeatureScale]):
+    def __init__(self, model: Pythia, edits: dict[int, nn.Module]):
         self.model = self.reference = model
         self.edits = edits
         self.lowest = min(edits)
@@ -170,13 +197,21 @@ class EditPolicy:
         edited_BTD = trunk.resid_BTD + self.edits[self.lowest].change(trunk.features).to(trunk.resid_BTD.dtype)
         return self.model.hidden_from(edited_BTD, self.lowest, mask_BT, edits=self.edits)[:, -R - 1:-1]
 
+    @torch.no_grad()
     def after_step(self, lr: float, cfg: PPOConfig) -> None:
-        if cfg.shrink:
-            for edit in self.edits.values():
-                edit.shrink(lr * cfg.shrink)
+        """Proximal step of an L1 penalty on c − 1 and b (and v): move each towards its start, by a share of the step, and no further.
+        What the reward does not hold away from it comes to rest *exactly* at 1 (or 0)."""
+        for name, p in self.trainable().items():
+            if cfg.shrink:
+                p.copy_(self.start(name) + F.softshrink(p - self.start(name), lr * cfg.shrink))
 
     def n_changed(self) -> int:
-        return sum(int((p != (1 if name.endswith("coef_F") else 0)).sum()) for name, p in self.trainable().items())
+        return sum(int((p != self.start(name)).sum()) for name, p in self.trainable().items())
+
+    @staticmethod
+    def start(name: str) -> float:
+        """-> what a parameter is before anything is learned."""
+        return 1.0 if ".coef_" in name else 0.0
 
 
 class WeightPolicy:
@@ -248,8 +283,8 @@ class LoRAPolicy(WeightPolicy):
 Policy = EditPolicy | WeightPolicy
 
 
-def make_policy(name: str, model: Pythia, saes: dict[int, SAE], cfg: PPOConfig, edit: str = "scale") -> Policy:
-    """-> the policy of `--policy`; `saes` holds the SAE of each layer to edit."""
+def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: PPOConfig, edit: str = "scale") -> Policy:
+    """-> the policy of `--policy`, on `layers`; `saes` holds each one's SAE (`coef`) or the random dictionary in its place (`random`)."""
     if name not in POLICIES:
         raise UserError(f"--policy {name}: choose from {', '.join(POLICIES)}")
     if edit not in EDITS:
@@ -258,7 +293,11 @@ def make_policy(name: str, model: Pythia, saes: dict[int, SAE], cfg: PPOConfig, 
         return WeightPolicy(model)
     if name == "lora":
         return LoRAPolicy(model, cfg.lora_rank, cfg.lora_targets)
-    return EditPolicy(model, {layer: FeatureScale(sae, bias=edit == "scale+bias") for layer, sae in saes.items()})
+    if name == "neurons":
+        return EditPolicy(model, {layer: NeuronScale(model.gpt_neox.layers[layer].mlp) for layer in layers})
+    if name == "steer":
+        return EditPolicy(model, {layer: Steer(model.cfg.hidden_size, model.device) for layer in layers})
+    return EditPolicy(model, {layer: FeatureScale(saes[layer], bias=edit == "scale+bias") for layer in layers})
 
 
 class Critic(nn.Module):

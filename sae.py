@@ -714,6 +714,16 @@ def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable
     return total / (len(tokens_BT) * (tokens_BT.shape[1] - 1))
 
 
+@torch.no_grad()
+def random_dictionary(like: SAE, l0: float, generator: torch.Generator) -> SAE:
+    """-> a control: as many random unit vectors as `like` has learned ones, a feature being the input's projection on its vector, the
+    round(l0) largest active."""
+    sae = SAE(*like.W_enc_DF.shape, generator, k=round(l0)).to(like.W_dec_FD.device)
+    sae.W_enc_DF.copy_(sae.W_dec_FD.T)
+    sae.b_dec_D.copy_(like.b_dec_D)
+    return sae.requires_grad_(False)
+
+
 def mmcs(rows_FD: Tensor, others_GD: Tensor) -> float:
     """-> mean over the first dictionary's vectors of the largest cosine with any of the second's (mean max cosine similarity; Sharkey
     et al. 2022): 1 where each is found again, be it in another order. Not symmetric."""

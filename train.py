@@ -49,8 +49,11 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
 def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict:
     """PPO on --policy against --reward from --prompts; evaluated on --eval-prompts, also by the held-out reward model --gold."""
     model, tokenizer, layer = load_model(args)
-    saes = {layer: load_trained_sae(args, model, layer)} if args.policy == "coef" else {}
-    policy = ppo.make_policy(args.policy, model, saes, cfg, args.edit)
+    saes = {layer: load_trained_sae(args, model, layer)} if args.policy in NEED_SAE else {}
+    if args.policy == "random":
+        l0 = read_json(folder_of(args, "sae") / "metrics.json")["l0"]
+        saes = {layer: sae.random_dictionary(trained, l0, torch.Generator().manual_seed(args.seed)) for layer, trained in saes.items()}
+    policy = ppo.make_policy(args.policy, model, [layer], saes, cfg, args.edit)
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
     prompts, eval_prompts = (ppo.Prompts(read_lines(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, args.device)
                              for path in (args.prompts, args.eval_prompts))
@@ -410,6 +413,7 @@ class Run:
 
 STAGES = {"lm": (stage_lm, LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward": (stage_reward, reward.RewardConfig),
           "rlhf": (stage_rlhf, ppo.PPOConfig), "interpret": (stage_interpret, interpret.InterpretConfig)}
+NEED_SAE = ("coef", "random")                        # policies that do: `random` has as many vectors, as many of them active
 ASSETS = Path(__file__).parent / "assets"
 # What besides its own options a stage's result depends on; another value of these is another run.
 DEPENDS = {"lm": ("corpus", "seed"), "sae": ("model", "layer", "corpus", "dtype", "seed"), "reward": ("model", "corpus", "seed"),
@@ -431,7 +435,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stage", default="all", choices=["all", *STAGES], help="all: sae, rlhf, interpret")
     add("--model", default="tiny", help="an embedded model, or the folder of a checkpoint")
     add("--layer", type=int, default=None, help="whose MLP output is read and edited, from 0; the middle one")
-    add("--policy", default="coef", choices=ppo.POLICIES, help="what RLHF trains: coefficients, all weights, or low-rank adapters")
+    add("--policy", default="coef", choices=ppo.POLICIES, help="what RLHF trains: coefficients of the SAE, or what to compare them with")
     add("--edit", default="scale", choices=ppo.EDITS, help="coefficients, or coefficients and biases")
     add("--reward", default="tiny-reward", help="a reward model, embedded or a folder, or avoid:FILE, a list of words to avoid")
     add("--gold", default="tiny-gold", help="a second reward model, for evaluation only; '' for none")
@@ -512,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
                    for stage, (_, config) in STAGES.items()}
         choose_device(args)
         stages = ["sae", "rlhf", "interpret"] if args.stage == "all" else [args.stage]
-        if args.stage == "rlhf" and args.policy == "coef" and not (folder_of(args, "sae") / "metrics.json").exists():
+        if args.stage == "rlhf" and args.policy in NEED_SAE and not (folder_of(args, "sae") / "metrics.json").exists():
             print(f"{folder_of(args, 'sae')} holds no finished SAE: training it first")
             stages = ["sae", "rlhf"]
         for stage in stages:

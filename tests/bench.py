@@ -244,7 +244,7 @@ class PPOBench:
 
 
 def make_policy(args: argparse.Namespace, name: str, model: Pythia, cfg: ppo.PPOConfig) -> ppo.Policy:
-    return random_edits(args, model, args.layer) if name == "coef" else ppo.make_policy(name, model, {}, cfg)
+    return random_edits(args, model, args.layer) if name == "coef" else ppo.make_policy(name, model, [args.layer], {}, cfg)
 
 
 def reward_like(model: Pythia) -> RewardModel:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
-from ppo import (AdaptiveKL, Critic, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, SparseFeatures, Standardize, Trunk,
+from ppo import (AdaptiveKL, Critic, EditPolicy, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, SparseFeatures, Standardize, Trunk,
                  collect_rollouts, gae, join, kl_rewards, make_policy, next_logprobs, observe, pick, ppo_loss, respond, score, select,
                  train_ppo, update, whiten)
 from pythia import UserError, pad_left
@@ -21,7 +21,7 @@ CFG = PPOConfig(iterations=4, episodes=32, samples_per_prompt=2, response_tokens
                 eval_every=3, eval_samples=4, temperature=0.8, checkpoint_seconds=0)
 TEXTS = ["1", "2 + 3", "17 - 4 +", "0", "42 = 6 * 7"]
 one_layer_or_more = pytest.mark.parametrize("layers", [(1,), (0, 2, 3)], ids=str)
-every_policy = pytest.mark.parametrize("name", ["coef", "full", "lora"])
+every_policy = pytest.mark.parametrize("name", ["coef", "neurons", "steer", "full", "lora"])
 
 
 def random_sae(model, seed: int) -> SAE:
@@ -34,9 +34,9 @@ def random_sae(model, seed: int) -> SAE:
 
 def random_policy(name, model, layers=(2,), edit="scale", moved=True):
     """A policy whose learned parameters are random, or still at their start."""
-    policy, generator = make_policy(name, model, {layer: random_sae(model, layer) for layer in layers}, CFG, edit), torch.Generator()
+    policy, generator = make_policy(name, model, layers, {layer: random_sae(model, layer) for layer in layers}, CFG, edit), torch.Generator()
     for parameter in policy.trainable().values():
-        parameter.data += moved * (0.5 if name == "coef" else 0.02) * torch.randn(parameter.shape, generator=generator)
+        parameter.data += moved * (0.02 if name in ("full", "lora") else 0.5) * torch.randn(parameter.shape, generator=generator)
     return policy
 
 
@@ -154,11 +154,26 @@ def test_cached_trunk_equals_the_whole_model_bit_for_bit(parallel, layers):
     torch.testing.assert_close(hidden[0], model.hidden(tokens_BT, mask_BT, plain)[:, -R - 1:-1], atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("name, formula", [
+    ("neurons", lambda edit, mlp, m, n: ((edit.coef_M - 1) * n) @ mlp.dense_4h_to_h.weight.T), ("steer", lambda edit, mlp, m, n: edit.vector_D)])
+def test_controls_are_their_formulas_cached_or_not(name, formula):
+    model, (tokens_BT, mask_BT) = random_model(F64), padded()
+    policy = random_policy(name, model, (0, 2))
+    trunk = policy.observe(tokens_BT, mask_BT, R)
+    hidden_BRD = policy.hidden(tokens_BT, mask_BT, R, trunk)
+    plain = {layer: lambda m, n, e=e, b=model.gpt_neox.layers[layer].mlp: formula(e, b, m, n).double() for layer, e in policy.edits.items()}
+    torch.testing.assert_close(hidden_BRD, model.hidden(tokens_BT, mask_BT, plain)[:, -R - 1:-1], atol=1e-9, rtol=0)
+    torch.testing.assert_close(hidden_BRD, model.hidden(tokens_BT, mask_BT, policy.edits)[:, -R - 1:-1], atol=1e-9, rtol=0)
+    assert (hidden_BRD - trunk.ref_hidden_BRD).abs().max() > 0.1
+    gradients = torch.autograd.grad(hidden_BRD.square().sum(), list(policy.trainable().values()))
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
 def test_shrink_is_a_soft_threshold():
     scale = FeatureScale(SAE(4, 6), bias=True)
     scale.coef_F.data = torch.tensor([1.0, 1.05, 0.95, 1.5, 0.25, -1.0])
     scale.bias_F.data = torch.tensor([0.0, 0.05, -0.05, 0.5, -0.75, 1.0])
-    scale.shrink(0.125)
+    EditPolicy(random_model(), {2: scale}).after_step(0.25, replace(CFG, shrink=0.5))
     assert scale.coef_F.tolist() == [1, 1, 1, 1.375, 0.375, -0.875] and scale.bias_F.tolist() == [0, 0, 0, 0.375, -0.625, 0.875]
 
 
@@ -230,10 +245,10 @@ def test_select_and_join_are_inverse(name):
         parts = [select(SparseFeatures(ids_BTA, values_BTA), slice(0, 2)), select(wide, slice(2, 5))]
         assert all(map(torch.equal, join(parts), wide))
     back = join([select(rollout, slice(0, 2)), select(rollout, torch.tensor([2, 3])), select(rollout, slice(4, 5))])
-    assert type(back) is Rollout and type(back.trunk) is Trunk and (back.trunk.resid_BTD is None) == (name != "coef")
-    flat = [[*vars(r).values(), *r.trunk, *(r.trunk.features or ())] for r in (back, rollout)]
+    assert type(back) is Rollout and type(back.trunk) is Trunk and (back.trunk.resid_BTD is None) == (name in ("full", "lora"))
+    flat = [[*vars(r).values(), *r.trunk, *(r.trunk.features if name == "coef" else ())] for r in (back, rollout)]
     pairs = [(one, other) for one, other in zip(*flat) if isinstance(one, torch.Tensor)]
-    assert len(pairs) == (14 if name == "coef" else 11) and all(torch.equal(*pair) for pair in pairs)
+    assert len(pairs) == {"coef": 14, "neurons": 13, "steer": 12}.get(name, 11) and all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("score_fn", [sevens, Sevens()], ids=["scores only", "prefixes too"])
@@ -381,7 +396,7 @@ def test_micro_batches_only_save_memory():
 def test_lora_is_a_low_rank_change_of_shared_weights(targets):
     model = random_model()
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    policy = make_policy("lora", model, {}, replace(CFG, lora_rank=3, lora_targets=targets))
+    policy = make_policy("lora", model, [], {}, replace(CFG, lora_rank=3, lora_targets=targets))
     tokens_BT, mask_BT = padded()
     assert torch.equal(policy.model(tokens_BT, mask_BT), model(tokens_BT, mask_BT)) and policy.n_changed() == 0
     generator = torch.Generator().manual_seed(1)
@@ -442,7 +457,7 @@ def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name):
 
 
 @pytest.mark.parametrize("poison, named", [("score", "reward"), ("model", "activation"), ("critic", "value"), ("loss", "loss"),
-                                           ("edit", "loss")])
+                                           ("edit", "kl")])
 def test_nan_is_named_before_a_step(tmp_path, monkeypatch, poison, named):
     model, calls = random_model(), iter(range(10_000))
     policy = random_policy("coef", model, moved=False)
@@ -477,8 +492,8 @@ def test_config_refuses(field, value):
 
 def test_other_misuse_is_explained():
     model = random_model()
-    assert "coef, full" in complaint(make_policy, "none", model, {}, CFG)
-    assert "scale, scale+bias" in complaint(make_policy, "coef", model, {}, CFG, "shift")
-    assert "--rlhf-lora-targets mlp: choose" in complaint(make_policy, "lora", model, {}, replace(CFG, lora_targets=("dense", "mlp")))
+    assert "coef, random" in complaint(make_policy, "none", model, [], {}, CFG)
+    assert "scale, scale+bias" in complaint(make_policy, "coef", model, [], {}, CFG, "shift")
+    assert "--rlhf-lora-targets mlp: choose" in complaint(make_policy, "lora", model, [], {}, replace(CFG, lora_targets=("dense", "mlp")))
     assert "context of 64" in complaint(prompts, ["1", "2" * 59])
     assert prompts(["1", "2" * 58]).tokens_BT.shape == (2, 59)

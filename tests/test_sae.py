@@ -11,7 +11,7 @@ from bench import NoRun, PlantedRows
 from conftest import CONFIG, complaint, killed_and_resumed, random_model, random_tokens
 from pythia import read_safetensors, write_json, write_safetensors
 from sae import (BANDWIDTH, OBJECTIVES, SAE, ActivationBuffer, Pass, SAEConfig, SAETrainer, active, auxk, evaluate_sae, gate_error,
-                 jumprelu, load_sae, mlp_rows, mmcs, normalize_decoder, refit_decoder, remove_radial_gradient, resample_dead, train_on_rows,
+                 jumprelu, load_sae, mlp_rows, mmcs, normalize_decoder, random_dictionary, refit_decoder, remove_radial_gradient, resample_dead, train_on_rows,
                  train_sae)
 from train import Run
 
@@ -607,3 +607,17 @@ def test_mmcs_finds_a_dictionary_again_in_another_order():
 def test_config_refuses(field, value):
     assert f"--sae-{field.replace('_', '-')}" in complaint(SAEConfig, **{field: value})
     assert SAEConfig(buffer_rows=4096, batch_size=2048).objective == "l1"
+
+
+def test_random_dictionary_is_as_large_and_as_sparse():
+    like = SAE(16, 200, seeded())
+    like.b_dec_D.data.normal_(generator=seeded(1))
+    control = random_dictionary(like, 7.4, seeded(2))
+    x_ND = torch.randn(50, 16, generator=seeded(3))
+    features_NF = control.encode(x_ND)
+    torch.testing.assert_close(control.W_dec_FD.norm(dim=-1), torch.ones(200))
+    assert control.W_dec_FD.shape == like.W_dec_FD.shape and mmcs(control.W_dec_FD, like.W_dec_FD) < 0.9
+    projections_NF = (x_ND - like.b_dec_D) @ control.W_dec_FD.T
+    want_NF = torch.where(projections_NF >= projections_NF.topk(7).values[:, -1:], projections_NF, 0.0)
+    torch.testing.assert_close(features_NF, want_NF)
+    assert not any(p.requires_grad for p in control.parameters())
