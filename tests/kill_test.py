@@ -39,7 +39,7 @@ SHORT = {                                            # options that make a stage
     "rlhf": "--rlhf-iterations 6 --rlhf-episodes 16 --rlhf-eval-every 2 --rlhf-eval-samples 1 --rlhf-response-tokens 4 "
             "--rlhf-checkpoint-seconds 0.1",
     "interpret": "--interpret-features 8"}
-NEEDS = {"lm": (), "reward": ("lm",), "sae": (), "rlhf": ("sae",), "interpret": ("sae", "rlhf-coef")}
+NEEDS = {"lm": (), "reward": (), "sae": (), "rlhf": ("sae",), "interpret": ("sae", "rlhf-coef")}
 FOLDERS = {"rlhf": "rlhf-coef", "interpret": "report"}
 
 
@@ -54,7 +54,7 @@ def command(stage: str, out: Path) -> list[str]:
     options = ["--stage", stage, "--out", str(out), "--resume", "--eval-prompts", str(prompts), *SHORT[stage].split()]
     if stage in ("lm", "reward"):
         options += ["--corpus", str(texts), "--eval-corpus", str(texts)]
-    return options + ["--model", str(out / "lm" / "model")] if stage == "reward" else options
+    return options + ["--model", str(out.parent / "whole" / "lm" / "model")] if stage == "reward" else options
 
 
 def start(options: list[str], prepare: Callable = lambda: None) -> tuple[int, int]:
