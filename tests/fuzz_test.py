@@ -52,7 +52,7 @@ def mutate_json(value, rng: random.Random):
     elif kind == 3:
         del node[key]
     elif kind == 4 and type(node[key]) in (int, float):
-        node[key] += rng.choice([-1, 1, 8, -8, 0.5, 2 ** 40])
+        node[key] += rng.choice([-1, 1, 8, -8, 2 ** 40])
     elif isinstance(node, dict):
         node[str(rng.choice(HOSTILE))] = node[key]
     else:

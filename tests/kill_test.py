@@ -36,10 +36,10 @@ SHORT = {                                            # options that make a stage
     "reward": "--reward-epochs 24 --reward-batch-size 8 --reward-max-tokens 32 --reward-min-tokens 8 --reward-checkpoint-seconds 0.1",
     "sae": "--sae-context 32 --sae-text-tokens 4000 --sae-eval-tokens 512 --sae-tokens 20000 --sae-batch-size 128 --sae-num-features 256 "
            "--sae-buffer-rows 2048 --sae-resample-rows 256 --sae-checkpoint-seconds 0.1",
-    "rlhf": "--rlhf-iterations 6 --rlhf-episodes 16 --rlhf-eval-every 2 --rlhf-eval-samples 1 --rlhf-response-tokens 4 "
+    "rlhf": "--rlhf-iterations 16 --rlhf-episodes 16 --rlhf-eval-every 5 --rlhf-eval-samples 1 --rlhf-response-tokens 4 "
             "--rlhf-checkpoint-seconds 0.1",
     "interpret": "--interpret-features 8"}
-NEEDS = {"lm": (), "reward": ("lm",), "sae": (), "rlhf": ("sae",), "interpret": ("sae", "rlhf-coef")}
+NEEDS = {"lm": (), "reward": (), "sae": (), "rlhf": ("sae",), "interpret": ("sae", "rlhf-coef")}
 FOLDERS = {"rlhf": "rlhf-coef", "interpret": "report"}
 
 
@@ -54,7 +54,7 @@ def command(stage: str, out: Path) -> list[str]:
     options = ["--stage", stage, "--out", str(out), "--resume", "--eval-prompts", str(prompts), *SHORT[stage].split()]
     if stage in ("lm", "reward"):
         options += ["--corpus", str(texts), "--eval-corpus", str(texts)]
-    return options + ["--model", str(out / "lm" / "model")] if stage == "reward" else options
+    return options + ["--model", str(out.parent / "whole" / "lm" / "model")] if stage == "reward" else options
 
 
 def start(options: list[str], prepare: Callable = lambda: None) -> tuple[int, int]:
@@ -141,7 +141,7 @@ def kill_and_resume(stage: Stage, kills: int, rng: random.Random) -> str:
         out = out or stage.fresh()
         child = start(command(stage.name, out))
         if killed < kills:
-            time.sleep(rng.uniform(0, 0.7 * stage.seconds))      # what is left of a resumed run is shorter
+            time.sleep(rng.uniform(0, stage.seconds))
             os.kill(child[0], signal.SIGKILL)
         code, told = wait(child)
         assert code in (0, -signal.SIGKILL), f"{stage.name}: exit code {code}: {told}"
@@ -156,8 +156,8 @@ def kill_and_resume(stage: Stage, kills: int, rng: random.Random) -> str:
             f"a file half written at {torn}; 0 runs with other bits")
 
 
-def fill_disk(stage: Stage, limits: list[int], writes: list[int]) -> str:
-    """Resume with no room for files beyond each size, then on a disk that is full from the nth file on -> one line of what happened."""
+def fill_disk(stage: Stage, writes: list[int], limits: list[int]) -> str:
+    """Resume on a disk that is full from the nth file on, then with no room for files beyond a size -> one line of what happened."""
     out, refused = stage.fresh(), []
 
     def no_room(size: int) -> None:
@@ -173,7 +173,7 @@ def fill_disk(stage: Stage, limits: list[int], writes: list[int]) -> str:
             fsync(descriptor)
         os.fsync = failing
 
-    for prepare in [lambda size=size: no_room(size) for size in limits] + [lambda number=number: full_from(number) for number in writes]:
+    for prepare in [lambda number=number: full_from(number) for number in writes] + [lambda size=size: no_room(size) for size in limits]:
         had_state = (out / stage.folder / "state.pt").exists()
         code, told = wait(start(command(stage.name, out), prepare))
         if code:
@@ -210,7 +210,7 @@ def sample() -> None:
     rng = random.Random(1)
     with tempfile.TemporaryDirectory() as root:
         stage = Stage("lm", Path(root))
-        print(kill_and_resume(stage, 2, rng), fill_disk(stage, [0, 2000], [2]), stop_politely(stage, signal.SIGTERM, rng), sep="\n")
+        print(kill_and_resume(stage, 2, rng), fill_disk(stage, [2], [0, 2000]), stop_politely(stage, signal.SIGTERM, rng), sep="\n")
 
 
 def test_a_sample():
@@ -231,7 +231,7 @@ def main() -> None:
         for name in args.stages:
             stage = Stage(name, Path(root))
             print(kill_and_resume(stage, args.kills, rng), flush=True)
-            print(fill_disk(stage, [0, 2000, 200_000], [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]), flush=True)
+            print(fill_disk(stage, [0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 2000, 50_000]), flush=True)
             if name != "interpret":                  # which has no state
                 print(stop_politely(stage, signal.SIGINT, rng), flush=True)
                 print(stop_politely(stage, signal.SIGTERM, rng), flush=True)

@@ -191,6 +191,8 @@ def test_signals_save_a_state_at_the_end_of_the_step(tmp_path, number):
         with pytest.raises(KeyboardInterrupt) as stopped:
             run.checkpoint(1, 1e9)
         assert stopped.value.args == (number,) and run.restore() == 1
+        run.stopped = 0
+        signal.raise_signal(number)
         with pytest.raises(KeyboardInterrupt):                         # asked twice
             signal.raise_signal(number)
     assert signal.getsignal(number) == before and signal.alarm(0) == 0
