@@ -234,7 +234,7 @@ def main() -> None:
 
 def test_a_sample(tmp_path):
     for reader, share in SHARES.items():
-        fuzz(reader, round(share * 1000), 1, tmp_path)
+        fuzz(reader, round(share * 500), 1, tmp_path)
 
 
 if __name__ == "__main__":

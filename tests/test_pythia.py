@@ -349,7 +349,7 @@ LIES = {
     "endless shape": {"a": entry(0, 8, [0] + [8] * 100_000)}, "many dimensions": {"a": entry(0, 8, [2] + [1] * 8)},
     "name twice": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
     "key twice": b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
-    "long name": {"a" * 100_000: entry(0, 4)}, "UTF-16": json.dumps({"a": entry(0, 8)}).encode("utf-16"), "constant": b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}',
+    "long name": {"a" * 100_000: entry(0, 12)}, "UTF-16": json.dumps({"a": entry(0, 8)}).encode("utf-16"), "constant": b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}',
     "long number": b'{"a": {"dtype": "F32", "shape": [' + b"9" * 10_000 + b'], "data_offsets": [0, 8]}}', "10 MB": b"[" + b"0," * 5_000_000 + b"0]",
     "no JSON": b"{'a': 1}", "no UTF-8": b'{"\xff": 1}', "deep": b"[" * 100_000,
 }
