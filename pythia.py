@@ -878,6 +878,14 @@ def hub_request(url: str, what: str, method: str = "GET", start: int = 0):
         raise UserError(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
 
 
+def received(response) -> bytes:
+    """-> the next bytes of an answer; none at its end, and none where the connection broke (a full disk is another matter)."""
+    try:
+        return response.read(1 << 20)
+    except (OSError, http.client.HTTPException):
+        return b""
+
+
 def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
     """Fetch `size` bytes to `blob`, going on where an earlier attempt broke off; checked against size and hash, then renamed.
 
@@ -896,11 +904,8 @@ def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
                 file.truncate(0)
                 have = 0
             with tqdm(total=size, initial=have, desc=what, unit="B", unit_scale=True) as bar:
-                try:
-                    while chunk := response.read(1 << 20):
-                        bar.update(file.write(chunk))
-                except (OSError, http.client.HTTPException):
-                    pass
+                while chunk := received(response):
+                    bar.update(file.write(chunk))
     have = part.stat().st_size
     if have < size:
         raise UserError(f"{what}: the connection broke off at {have} of {size} bytes; run again to go on from there")
