@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pythia import (DTYPES, CheckpointFiles, Pythia, PythiaConfig, Tokenizer, UserError, attention_mask, bytes_of_characters,
+from pythia import (DTYPES, CheckpointFiles, Linear, Pythia, PythiaConfig, Tokenizer, UserError, attention_mask, bytes_of_characters,
                     check_finite, pad_left, read_rows, read_safetensors, read_weights, sample, stream_safetensors,
                     write_json, write_safetensors, write_whole)
 
@@ -304,6 +304,16 @@ def test_safetensors_cut_anywhere_or_too_long(tmp_path):
 
 def entry(begin, stop, shape=None, dtype="F32") -> dict:
     return {"dtype": dtype, "shape": [(stop - begin) // 4] if shape is None else shape, "data_offsets": [begin, stop]}
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (3, 5, 24), (64, 1, 24), (65, 1, 24)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_linear_whatever_the_rows(shape, bias):
+    layer, x = Linear(24, 7, bias=bias), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = layer(x)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6, rtol=1e-5)
+    assert torch.equal(layer(x).detach(), torch.nn.functional.linear(x, layer.weight, layer.bias).detach())
 
 
 def test_a_streamed_file_is_never_in_memory_as_a_whole(tmp_path):
