@@ -230,6 +230,17 @@ def plot_coefficients(path: Path, coef_F: Tensor, firing_rate_F: Tensor) -> None
     save_figure(path, figure)
 
 
+def plot_frontier(path: Path, runs: dict[str, list[list[tuple[float, float]]]]) -> None:
+    """Gain against KL along training: a colour for each name, a line for each of its runs (seeds), which is a list of (kl, gain)."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for i, (name, seeds) in enumerate(runs.items()):
+        for number, points in enumerate(seeds):
+            axis.plot(*zip((0.0, 0.0), *points), marker=".", color=f"C{i}", linewidth=1, label=None if number else name)
+    axis.set(xlabel="KL from the reference, nats a response", ylabel="gain, standard deviations")
+    axis.legend(frameon=False)
+    save_figure(path, figure)
+
+
 def save_figure(path: Path, figure) -> None:
     """Write a matplotlib figure as PNG, whole or not at all, and free it."""
     buffer = io.BytesIO()

@@ -55,6 +55,8 @@ class PPOConfig:
     kl_coef: float = 0.05                # β at the start, with scores of unit standard deviation
     kl_target: float = 6.0               # nats a response that the controller of β aims at (Ziegler)
     kl_horizon: float = 10.0             # iterations; Ziegler's 10,000 episodes would leave β as it is in so short a run
+    keep: int = 0                        # how many numbers an edit may move, the others stay exactly where they were (see Screen); 0: all
+    screen: int = 4                      # with `keep`: rollouts before the first step, to tell which
     shrink: float = 0.0                  # proximal L1 on c − 1 and b: share of a full Adam step that each step pulls them back
     eval_every: int = 10                 # iterations between evaluations along training
     eval_samples: int = 8                # samples for each held-out prompt
@@ -299,6 +301,47 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
     return EditPolicy(model, {layer: FeatureScale(saes[layer], bias=edit == "scale+bias") for layer in layers})
 
 
+class Screen:
+    """Lets only the `keep` numbers learn whose gradient stands out most from its own noise: |mean| / standard error over the minibatches
+    of the first `screen` rollouts, during which nothing moves. (To first order, gain² at a given KL is a sum of mean² / variance: the
+    variance of a score-function gradient is proportional to the Fisher information.) All other gradients are set to 0, and so Adam
+    leaves those numbers *exactly* where they were.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], cfg: PPOConfig):
+        self.cfg, self.parameters = cfg, parameters if cfg.keep else {}
+        self.seen = 0                                # minibatches
+        self.sums = {name: torch.zeros(3, *p.shape, device=p.device) for name, p in self.parameters.items()}      # Σ g, Σ g², chosen
+
+    @torch.no_grad()
+    def filter(self) -> None:
+        """Called between the backward pass and each step."""
+        wanted = self.cfg.screen * self.cfg.epochs * self.cfg.minibatches
+        for name, p in self.parameters.items():
+            if self.seen < wanted:
+                self.sums[name][:2] += torch.stack([p.grad, p.grad.square()])
+            p.grad *= self.sums[name][2]
+        self.seen += 1
+        if self.parameters and self.seen == wanted:
+            self.choose()
+
+    def choose(self) -> None:
+        """End of the screening: mark the numbers that may learn."""
+        mean, square = (torch.cat([sums[i].flatten() / self.seen for sums in self.sums.values()]) for i in (0, 1))
+        deviation = (square - mean.square()).clamp(min=1e-30).sqrt()
+        chosen = torch.zeros_like(mean).index_fill(0, (mean.abs() / deviation).topk(min(self.cfg.keep, len(mean))).indices, 1.0)
+        for sums, part in zip(self.sums.values(), chosen.split([sums[2].numel() for sums in self.sums.values()])):
+            sums[2] = part.view_as(sums[2])
+
+    def state_dict(self) -> dict:
+        return {"seen": self.seen, "sums": self.sums}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen = state["seen"]
+        for name, sums in self.sums.items():
+            sums.copy_(state["sums"][name])
+
+
 class Critic(nn.Module):
     """V_t = a_t s_t + w_t · h_t + b_t: what a response's score will be, from its beginning, with weights of each position's own.
 
@@ -530,7 +573,8 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
                                   {"params": list(critic.parameters()), "lr": cfg.critic_lr}], eps=cfg.adam_eps)
     kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
-    first = run.restore(policy=Trainable(policy), critic=critic, optimizer=optimizer, kl=kl, standardize=standardize, generator=generator)
+    screen = Screen(policy.trainable(), cfg)
+    first = run.restore(policy=Trainable(policy), screen=screen, critic=critic, optimizer=optimizer, kl=kl, standardize=standardize, generator=generator)
     bar = tqdm(range(first, cfg.iterations), desc="rlhf", initial=first, total=cfg.iterations)
     for iteration in bar:
         start = time.monotonic()
@@ -544,7 +588,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         advantages_BR = whiten(advantages_BR, rollout.mask_BR)
         for group, peak in zip(optimizer.param_groups, (lr, cfg.critic_lr)):
             group["lr"] = peak * (1 - iteration / cfg.iterations)
-        figures = update(policy, critic, optimizer, rollout, advantages_BR, returns_BR, cfg, generator, where)
+        figures = update(policy, critic, optimizer, screen, rollout, advantages_BR, returns_BR, cfg, generator, where)
         figures |= rollout_figures(rollout, standardize.undo(rollout.scores_B), returns_BR, kl.coef, prompts.end_of_text)
         kl.update(rollout.mean_kl)
         figures |= {"n_changed": policy.n_changed(), "episodes_per_second": cfg.episodes / (time.monotonic() - start)}
@@ -552,13 +596,13 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
             figures |= {f"eval_{key}": value for key, value in evaluation(policy).figures.items()}
         run.log(step=iteration, **figures)
         bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{figures['kl']:.2f}", changed=figures["n_changed"])
-        run.checkpoint(iteration + 1, cfg.checkpoint_seconds, policy=Trainable(policy), critic=critic, optimizer=optimizer, kl=kl,
+        run.checkpoint(iteration + 1, cfg.checkpoint_seconds, policy=Trainable(policy), screen=screen, critic=critic, optimizer=optimizer, kl=kl,
                        standardize=standardize, generator=generator)
     return policy
 
 
-def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, rollout: Rollout, advantages_BR: Tensor, returns_BR: Tensor,
-           cfg: PPOConfig, generator: torch.Generator, where: str = "update") -> dict:
+def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, screen: Screen, rollout: Rollout, advantages_BR: Tensor,
+           returns_BR: Tensor, cfg: PPOConfig, generator: torch.Generator, where: str = "update") -> dict:
     """`epochs` passes over the rollout in shuffled minibatches -> means of the losses over all of them."""
     size, R, figures = cfg.episodes // cfg.minibatches, cfg.response_tokens, []
     for _ in range(cfg.epochs):
@@ -574,6 +618,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, rol
                 (losses.total * share).backward()
                 figures.append(torch.stack([loss.detach() * share for loss in losses]))
             check_finite(where, optimizer, loss=torch.stack(figures))
+            screen.filter()
             optimizer.step()
             policy.after_step(optimizer.param_groups[0]["lr"], cfg)
     means = torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)

@@ -25,7 +25,7 @@ import interpret
 import ppo
 import reward
 import sae
-from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, check_finite, load_state, mixed_precision, not_written, read_json,
+from pythia import (CheckpointFiles, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, load_state, mixed_precision, not_written, read_json,
                     read_rows, read_safetensors, save_state, write_json, write_safetensors, write_whole)
 
 
@@ -34,8 +34,8 @@ from pythia import (Pythia, PythiaConfig, Tokenizer, UserError, check_finite, lo
 def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
     """Train a sparse autoencoder on the MLP output of --layer, or take that of --sae-load; text is sampled from the model, or read from
     --corpus."""
-    model, tokenizer, layer = load_model(args)
-    generator = torch.Generator().manual_seed(args.seed)
+    model, tokenizer = load_model(args)
+    (layer,), generator = args.layers, torch.Generator().manual_seed(args.seed)
     train_BT, heldout_BT = sae_text(args, cfg, model, tokenizer, run, generator)
     if cfg.load:
         trained = sae.load_sae(cfg.load, model=model, model_name=model_name(args), layer=layer, tokens_BT=heldout_BT)
@@ -48,12 +48,12 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
 
 def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict:
     """PPO on --policy against --reward from --prompts; evaluated on --eval-prompts, also by the held-out reward model --gold."""
-    model, tokenizer, layer = load_model(args)
-    saes = {layer: load_trained_sae(args, model, layer)} if args.policy in NEED_SAE else {}
+    model, tokenizer = load_model(args)
+    saes = load_saes(args, model) if args.policy in NEED_SAE else {}
     if args.policy == "random":
-        l0 = read_json(folder_of(args, "sae") / "metrics.json")["l0"]
-        saes = {layer: sae.random_dictionary(trained, l0, torch.Generator().manual_seed(args.seed)) for layer, trained in saes.items()}
-    policy = ppo.make_policy(args.policy, model, [layer], saes, cfg, args.edit)
+        saes = {layer: sae.random_dictionary(trained, read_json(sae_folder(args, layer) / "metrics.json")["l0"],
+                                             torch.Generator().manual_seed(args.seed)) for layer, trained in saes.items()}
+    policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit)
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
     prompts, eval_prompts = (ppo.Prompts(read_lines(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, args.device)
                              for path in (args.prompts, args.eval_prompts))
@@ -73,20 +73,21 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
 
 def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, run: "Run") -> dict:
     """Cards of the features that RLHF moved most, samples before and after, curves: one page."""
-    model, tokenizer, layer = load_model(args)
-    trained, rlhf_folder, sae_folder = load_trained_sae(args, model, layer), folder_of(args, "rlhf"), folder_of(args, "sae")
+    model, tokenizer = load_model(args)
+    layer, saes, rlhf_folder = args.layers[0], load_saes(args, model), folder_of(args, "rlhf")
+    trained, own_folder = saes[layer], sae_folder(args, layer)
     if not (rlhf_folder / "metrics.json").exists() or args.policy != "coef":
         raise UserError(f"{rlhf_folder} holds no finished run of --policy coef to interpret: run --stage rlhf first")
     learned = read_safetensors(rlhf_folder / "policy.safetensors")
     coef_F, bias_F = learned[f"{layer}.coef_F"], learned.get(f"{layer}.bias_F")
-    heldout_BT = read_safetensors(sae_folder / "text.safetensors")["heldout"]
+    heldout_BT = read_safetensors(own_folder / "text.safetensors")["heldout"]
     cards, firing_rate_F = interpret.make_cards(model, tokenizer, layer, trained, coef_F, bias_F, heldout_BT, cfg)
     interpret.plot_coefficients(run.folder / "coefficients.png", coef_F, firing_rate_F)
-    plots = {"coefficients": run.folder / "coefficients.png", "RLHF": rlhf_folder / "curves.png", "SAE": sae_folder / "curves.png"}
+    plots = {"coefficients": run.folder / "coefficients.png", "RLHF": rlhf_folder / "curves.png", "SAE": own_folder / "curves.png"}
     plots = {name: path for name, path in plots.items() if path.exists()}                # an SAE of --sae-load has no curves
     page = interpret.write_report(run.folder, {
         "title": f"What RLHF changed in {model_name(args)}, layer {layer}", "num_features": trained.num_features,
-        "rlhf": read_json(rlhf_folder / "metrics.json"), "sae": read_json(sae_folder / "metrics.json"),
+        "rlhf": read_json(rlhf_folder / "metrics.json"), "sae": read_json(own_folder / "metrics.json"),
         "config": read_json(rlhf_folder / "config.json"), "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "features": [dataclasses.asdict(card) for card in cards], "samples": read_json(rlhf_folder / "samples.json")[:cfg.samples],
@@ -97,7 +98,7 @@ def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, ru
 
 def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: "Run") -> dict:
     """Train a reward model on the backbone of --model, from preference pairs or labelled texts in --corpus."""
-    model, tokenizer, _ = load_model(args)
+    model, tokenizer = load_model(args)
     generator = torch.Generator().manual_seed(args.seed)
     pairs, labelled = read_pairs(need(args.corpus, "--corpus"), cfg.half, generator)
     heldout, _ = read_pairs(need(args.eval_corpus, "--eval-corpus"), 0, generator)
@@ -227,12 +228,25 @@ def token_windows(texts: list[str], tokenizer: Tokenizer, context: int) -> Tenso
 
 # ------------------------------------------------------------------------------------------------- what stages load and share
 
-def load_model(args: argparse.Namespace) -> tuple[Pythia, Tokenizer, int]:
-    """-> the frozen model of --model, its tokenizer, and --layer (the middle one where it is not given)."""
+def load_model(args: argparse.Namespace) -> tuple[Pythia, Tokenizer]:
+    """-> the frozen model of --model and its tokenizer."""
     model, tokenizer = Pythia.from_pretrained(args.model, dtype=args.dtype, device=args.device), Tokenizer.from_pretrained(args.model)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise UserError(f"{args.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model only {model.cfg.vocab_size} embeddings")
-    return model, tokenizer, model.check_layer(model.cfg.num_layers // 2 if args.layer is None else args.layer)
+    return model, tokenizer
+
+
+def choose_layers(args: argparse.Namespace) -> None:
+    """Turn --layer into args.layers, a list of numbers; args.middle is what it is where it is not given."""
+    path = CheckpointFiles(args.model).need("config.json")
+    count = PythiaConfig.from_json(read_json(path), path).num_layers
+    args.middle = count // 2
+    try:
+        args.layers = list(range(count)) if args.layer == "all" else sorted({int(part) for part in (args.layer or str(args.middle)).split(",")})
+    except ValueError:
+        raise UserError(f"--layer {args.layer}: give a number, several with commas between, or all") from None
+    if not 0 <= args.layers[0] <= args.layers[-1] < count:
+        raise UserError(f"--layer {args.layer}: this model has layers 0 to {count - 1}")
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -240,22 +254,34 @@ def model_name(args: argparse.Namespace) -> str:
     return os.path.basename(os.path.abspath(args.model)) if os.path.isdir(args.model) else args.model
 
 
-def load_trained_sae(args: argparse.Namespace, model: Pythia, layer: int) -> sae.SAE:
-    """-> the SAE of this run folder."""
-    if not (folder_of(args, "sae") / "metrics.json").exists():
-        raise UserError(f"{folder_of(args, 'sae')} holds no finished SAE: run --stage sae first")
-    return sae.load_sae(folder_of(args, "sae"), model=model, model_name=model_name(args), layer=layer)
+def sae_folder(args: argparse.Namespace, layer: int) -> Path:
+    """-> OUT/sae, that of the middle layer; OUT/sae-LAYER of another."""
+    return Path(args.out) / ("sae" if layer == args.middle else f"sae-{layer}")
+
+
+def load_saes(args: argparse.Namespace, model: Pythia) -> dict[int, sae.SAE]:
+    """-> the SAEs of this run folder, by layer."""
+    for folder in (sae_folder(args, layer) for layer in args.layers):
+        if not (folder / "metrics.json").exists():
+            raise UserError(f"{folder} holds no finished SAE: run --stage sae first")
+    return {layer: sae.load_sae(sae_folder(args, layer), model=model, model_name=model_name(args), layer=layer) for layer in args.layers}
 
 
 def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: "Run",
              generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """-> windows to train on and held-out windows: from --corpus, or sampled from the model. They are kept in the run folder, and with them
-    the state of the generator, so that training goes on with the same random numbers whether they were made or found there."""
+    the state of the generator, so that training goes on with the same random numbers whether they were made or found, there or in the
+    folder of an SAE beside it that wants the same text."""
     path = run.folder / "text.safetensors"
-    if path.exists():
-        text = read_safetensors(path)
-        generator.set_state(text["generator"].clone())
-        return text["train"], text["heldout"]
+    beside = run.folder.parent.parent                # where other runs' and a sweep's other SAEs lie
+    for found in (path, *sorted([*beside.glob("*/text.safetensors"), *beside.glob("*/*/text.safetensors")])):
+        config = found.with_name("config.json")
+        if found.exists() and config.exists() and all(read_json(config).get(name) == run.config[name] for name in TEXT_DEPENDS):
+            text = read_safetensors(found)
+            if found != path:
+                write_safetensors(path, text)
+            generator.set_state(text["generator"].clone())
+            return text["train"], text["heldout"]
     context = min(cfg.context, model.cfg.max_positions)
     heldout = max(1, cfg.eval_tokens // context)
     if args.corpus:
@@ -416,8 +442,9 @@ STAGES = {"lm": (stage_lm, LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward
 NEED_SAE = ("coef", "random")                        # policies that do: `random` has as many vectors, as many of them active
 ASSETS = Path(__file__).parent / "assets"
 # What besides its own options a stage's result depends on; another value of these is another run.
-DEPENDS = {"lm": ("corpus", "seed"), "sae": ("model", "layer", "corpus", "dtype", "seed"), "reward": ("model", "corpus", "seed"),
-           "rlhf": ("model", "layer", "policy", "edit", "reward", "prompts", "eval_prompts", "dtype", "seed"), "interpret": ("model", "layer")}
+DEPENDS = {"lm": ("corpus", "seed"), "sae": ("model", "layers", "corpus", "dtype", "seed"), "reward": ("model", "corpus", "seed"),
+           "rlhf": ("model", "layers", "policy", "edit", "reward", "prompts", "eval_prompts", "dtype", "seed"), "interpret": ("model", "layers")}
+TEXT_DEPENDS = ("model", "corpus", "dtype", "seed", "context", "text_tokens", "eval_tokens")        # the text of an SAE's training
 
 
 class Parser(argparse.ArgumentParser):
@@ -434,7 +461,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", default="all", choices=["all", *STAGES], help="all: sae, rlhf, interpret")
     add("--model", default="tiny", help="an embedded model, or the folder of a checkpoint")
-    add("--layer", type=int, default=None, help="whose MLP output is read and edited, from 0; the middle one")
+    add("--layer", default=None, help="whose MLP output is read and edited, from 0: a number, several (1,2,3), or all; the middle one")
     add("--policy", default="coef", choices=ppo.POLICIES, help="what RLHF trains: coefficients of the SAE, or what to compare them with")
     add("--edit", default="scale", choices=ppo.EDITS, help="coefficients, or coefficients and biases")
     add("--reward", default="tiny-reward", help="a reward model, embedded or a folder, or avoid:FILE, a list of words to avoid")
@@ -487,6 +514,8 @@ def need(value: str | None, option: str) -> str:
 def folder_of(args: argparse.Namespace, stage: str) -> Path:
     """-> OUT/STAGE; OUT/rlhf-POLICY-TAG; the report has its own."""
     tag = f"-{args.tag}" if args.tag else ""
+    if stage == "sae":
+        return sae_folder(args, *args.layers)
     return Path(args.out) / {"rlhf": f"rlhf-{args.policy}{tag}", "interpret": f"report{tag}"}.get(stage, stage)
 
 
@@ -508,6 +537,15 @@ def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:
     return figures
 
 
+def run_saes(args: argparse.Namespace, configs: dict, missing: bool = False) -> None:
+    """Run the sae stage for each of --layer; `missing`: only for those that the run folder has none of."""
+    for layer in args.layers:
+        if not (missing and (sae_folder(args, layer) / "metrics.json").exists()):
+            if missing:
+                print(f"{sae_folder(args, layer)} holds no finished SAE: training it first")
+            run_stage("sae", argparse.Namespace(**vars(args) | {"layers": [layer]}), configs)
+
+
 def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0, or 2 with one line on stderr for what the user can mend."""
     try:
@@ -515,12 +553,12 @@ def main(argv: list[str] | None = None) -> int:
         configs = {stage: config(**{f.name: getattr(args, f"{stage}_{f.name}") for f in dataclasses.fields(config)})
                    for stage, (_, config) in STAGES.items()}
         choose_device(args)
-        stages = ["sae", "rlhf", "interpret"] if args.stage == "all" else [args.stage]
-        if args.stage == "rlhf" and args.policy in NEED_SAE and not (folder_of(args, "sae") / "metrics.json").exists():
-            print(f"{folder_of(args, 'sae')} holds no finished SAE: training it first")
-            stages = ["sae", "rlhf"]
-        for stage in stages:
-            run_stage(stage, args, configs)
+        choose_layers(args)
+        for stage in ["sae", "rlhf", "interpret"] if args.stage == "all" else [args.stage]:
+            if stage == "sae" or stage == "rlhf" and args.policy in NEED_SAE:
+                run_saes(args, configs, missing=stage == "rlhf")
+            if stage != "sae":
+                run_stage(stage, args, configs)
         return 0
     except (UserError, OSError) as error:
         code, told = 2, f"error: {error}"

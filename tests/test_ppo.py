@@ -1,5 +1,6 @@
 """ppo.py against plain loops in numpy, against the dense formula of the edit, and at c = 1 against the model without an edit."""
 
+import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
-from ppo import (AdaptiveKL, Critic, EditPolicy, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, SparseFeatures, Standardize, Trunk,
+from ppo import (AdaptiveKL, Critic, EditPolicy, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, Screen, SparseFeatures, Standardize, Trunk,
                  collect_rollouts, gae, join, kl_rewards, make_policy, next_logprobs, observe, pick, ppo_loss, respond, score, select,
                  train_ppo, update, whiten)
 from pythia import UserError, pad_left
@@ -167,6 +168,24 @@ def test_controls_are_their_formulas_cached_or_not(name, formula):
     assert (hidden_BRD - trunk.ref_hidden_BRD).abs().max() > 0.1
     gradients = torch.autograd.grad(hidden_BRD.square().sum(), list(policy.trainable().values()))
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_screen_lets_only_what_stands_out_of_the_noise_learn():
+    parameters = {"a": torch.nn.Parameter(torch.ones(6)), "b": torch.nn.Parameter(torch.zeros(4))}
+    mean = {"a": torch.tensor([5.0, 0, 0.3, 0, 0, -2]), "b": torch.tensor([0.0, 0, 0, 1])}
+    noise = {"a": torch.tensor([50.0, 1, 0.1, 1, 1, 1]), "b": torch.tensor([1.0, 1, 1, 0.3])}        # a[0] is large, and all noise
+    screen, generator = Screen(parameters, replace(CFG, keep=3, screen=20, minibatches=2, epochs=1)), torch.Generator().manual_seed(0)
+    restored = Screen(parameters, screen.cfg)
+    for i in range(60):
+        for name, p in parameters.items():
+            p.grad = mean[name] + noise[name] * torch.randn(p.shape, generator=generator)
+        screen.filter()
+        if i == 10:
+            restored.load_state_dict(copy.deepcopy(screen.state_dict()))
+        if i < 40:
+            assert not any(p.grad.any() for p in parameters.values())
+    assert parameters["a"].grad.nonzero().flatten().tolist() == [2, 5] and parameters["b"].grad.nonzero().flatten().tolist() == [3]
+    assert restored.seen == 11 and not restored.sums["a"][0].equal(screen.sums["a"][0]) and restored.sums["a"][0].any()
 
 
 def test_shrink_is_a_soft_threshold():
@@ -385,7 +404,7 @@ def test_micro_batches_only_save_memory():
     for size in (32, 8):
         for parameter in (*policy.trainable().values(), *critic.parameters()):
             parameter.grad = None
-        update(policy, critic, torch.optim.SGD(critic.parameters(), lr=0.0), rollout, advantages_BR, advantages_BR,
+        update(policy, critic, torch.optim.SGD(critic.parameters(), lr=0.0), Screen({}, CFG), rollout, advantages_BR, advantages_BR,
                replace(CFG, micro_batch=size, minibatches=1, epochs=1), torch.Generator().manual_seed(1))
         gradients.append([policy.trainable()["2.coef_F"].grad, *(p.grad for p in critic.parameters())])
     assert len(gradients[0]) == 4 and all(gradient.abs().max() > 1e-4 for gradient in gradients[0])

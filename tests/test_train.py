@@ -79,6 +79,16 @@ def test_full_policy_and_word_list(whole):
     assert figures["score_ref"] <= 0 and "gold_gain_std" not in figures
 
 
+def test_several_layers_each_with_its_own_sae(whole, capsys):
+    assert run("--stage", "rlhf", "--layer", "1,2", "--tag", "two", out=whole) == 0
+    assert "sae-1 holds no finished SAE" in capsys.readouterr().out
+    learned = read_safetensors(whole / "rlhf-coef-two" / "policy.safetensors")
+    assert set(learned) == {"1.coef_F", "2.coef_F"} and all((coef_F != 1).any() for coef_F in learned.values())
+    texts = [read_safetensors(whole / name / "text.safetensors") for name in ("sae", "sae-1")]
+    assert texts[0]["train"].equal(texts[1]["train"])                  # one text for both
+    assert run("--stage", "interpret", "--layer", "1,2", "--tag", "two", out=whole) == 0
+
+
 def test_lm_and_reward_stages(tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"a {'good' if i % 2 else 'bad'} film, number {i}, that I saw", "label": i % 2}) + "\n"
@@ -109,6 +119,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--polcy", "full"], "--policy"),
     (["--layer", "4"], "layers 0 to 3"),
     (["--layer", "-1"], "layers 0 to 3"),
+    (["--layer", "1,x"], "--layer 1,x"),
     (["--sae-objective", "l0"], "choose from l1"),
     (["--sae-l0", "many"], "--sae-l0"),
     (["--reward", "no-such-model"], "not found"),
@@ -262,9 +273,10 @@ def test_corpora_that_are_too_short_or_no_text(tmp_path, capsys):
 
 
 def test_sae_of_another_model_layer_or_width(whole, tmp_path, capsys):
-    for options in (["--layer", "1"], ["--model", str(shutil.copytree(ROOT / "assets" / "tiny", tmp_path / "other"))]):
-        assert run("--stage", "rlhf", "--tag", "other", *options, out=whole) == 2
-        assert "this SAE was made for" in capsys.readouterr().err
+    assert run("--stage", "sae", "--layer", "1", "--sae-load", str(whole / "sae"), out=tmp_path / "out") == 2
+    assert "this SAE was made for" in capsys.readouterr().err
+    assert run("--stage", "rlhf", "--tag", "other", "--model", str(shutil.copytree(ROOT / "assets" / "tiny", tmp_path / "other")), out=whole) == 2
+    assert "this SAE was made for" in capsys.readouterr().err
     narrow = Pythia(PythiaConfig(4096, 64, 4, 2, 128)).initialize(torch.Generator().manual_seed(0))
     narrow.save_pretrained(tmp_path / "tiny")
     Tokenizer.from_pretrained("tiny").save_pretrained(tmp_path / "tiny")
