@@ -241,6 +241,19 @@ def plot_frontier(path: Path, runs: dict[str, list[list[tuple[float, float]]]]) 
     save_figure(path, figure)
 
 
+def plot_sweep(path: Path, rows: list[dict]) -> None:
+    """What each SAE explains against its L0, and, where RLHF was run, what it gains: a colour for each objective."""
+    panels = [key for key in ("fvu", "ce_recovered", "explanation_score", "score_gain_std") if key in rows[0]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
+    for axis, key in zip(axes[0], panels):
+        for i, objective in enumerate(dict.fromkeys(row["objective"] for row in rows)):
+            points = sorted((row["l0"], row[key]) for row in rows if row["objective"] == objective)
+            axis.plot(*zip(*points), marker=".", color=f"C{i}", linewidth=1, label=objective)
+        axis.set(title=key, xlabel="L0")
+    axes[0, 0].legend(frameon=False, fontsize="small")
+    save_figure(path, figure)
+
+
 def save_figure(path: Path, figure) -> None:
     """Write a matplotlib figure as PNG, whole or not at all, and free it."""
     buffer = io.BytesIO()

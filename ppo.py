@@ -10,12 +10,14 @@ References:
 
 import copy
 import functools
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,14 +59,14 @@ class PPOConfig:
     kl_horizon: float = 10.0             # iterations; Ziegler's 10,000 episodes would leave β as it is in so short a run
     keep: int = 0                        # how many numbers an edit may move, the others stay exactly where they were (see Screen); 0: all
     screen: int = 4                      # with `keep`: rollouts before the first step, to tell which
-    shrink: float = 0.0                  # proximal L1 on c − 1 and b: share of a full Adam step that each step pulls them back
-    eval_every: int = 10                 # iterations between evaluations along training
+    kl_stop: float = 20.0                # nats a response; a policy farther than this from the reference has diverged, and training ends
+    eval_every: int = 5                  # iterations between evaluations along training
     eval_samples: int = 8                # samples for each held-out prompt
     checkpoint_seconds: float = 120.0    # between resumable states
 
     def __post_init__(self):
         for name in ("iterations", "episodes", "samples_per_prompt", "response_tokens", "temperature", "epochs", "minibatches", "micro_batch",
-                     "generate_batch", "kl_target", "kl_horizon", "eval_every", "eval_samples", "lora_rank"):
+                     "generate_batch", "screen", "kl_target", "kl_horizon", "kl_stop", "eval_every", "eval_samples", "lora_rank"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--rlhf-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
@@ -111,6 +113,14 @@ class FeatureScale(nn.Module):
         change_BTD = F.embedding_bag(id_X, self.sae.W_dec_FD, count_N.cumsum(0) - count_N, per_sample_weights=scale_X,
                                      mode="sum").view(B, T, -1)
         return change_BTD if self.bias_F is None else change_BTD + self.bias_F @ self.sae.W_dec_FD
+
+
+    def gradients(self, features: SparseFeatures, gradient_BTD: Tensor) -> dict[str, Tensor]:
+        """A gradient by the change -> that by coef_F and bias_F, episode by episode, (B, F)."""
+        along_BTF = gradient_BTD.to(self.sae.W_dec_FD.dtype) @ self.sae.W_dec_FD.T
+        each_BTA = along_BTF.gather(-1, features.ids_BTA) * features.values_BTA
+        coef_BF = along_BTF.new_zeros(len(along_BTF), self.sae.num_features).scatter_add(1, features.ids_BTA.flatten(1), each_BTA.flatten(1))
+        return {"coef_F": coef_BF} | ({} if self.bias_F is None else {"bias_F": along_BTF.sum(1)})
 
 
 class NeuronScale(nn.Module):
@@ -198,13 +208,10 @@ class EditPolicy:
         edited_BTD = trunk.resid_BTD + self.edits[self.lowest].change(trunk.features).to(trunk.resid_BTD.dtype)
         return self.model.hidden_from(edited_BTD, self.lowest, mask_BT, edits=self.edits)[:, -R - 1:-1]
 
-    @torch.no_grad()
-    def after_step(self, lr: float, cfg: PPOConfig) -> None:
-        """Proximal step of an L1 penalty on c − 1 and b (and v): move each towards its start, by a share of the step, and no further.
-        What the reward does not hold away from it comes to rest *exactly* at 1 (or 0)."""
-        for name, p in self.trainable().items():
-            if cfg.shrink:
-                p.copy_(self.start(name) + F.softshrink(p - self.start(name), lr * cfg.shrink))
+    def learning_rates(self, lr: float) -> list[tuple[list[nn.Parameter], float]]:
+        """-> parameters and Adam's step for them. A bias acts on every token and a coefficient where its feature fires: a step of a bias
+        changes logprobs about six times as much (root mean squares of their gradients, tiny, layer 2)."""
+        return [([p], (lr or self.default_lr) / (6 if ".bias_" in name else 1)) for name, p in self.trainable().items()]
 
     def n_changed(self) -> int:
         return sum(int((p != self.start(name)).sum()) for name, p in self.trainable().items())
@@ -234,8 +241,9 @@ class WeightPolicy:
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
         return self.model.hidden(tokens_BT, mask_BT)[:, -R - 1:-1]
 
-    def after_step(self, lr: float, cfg: PPOConfig) -> None:
-        pass
+    def learning_rates(self, lr: float) -> list[tuple[list[nn.Parameter], float]]:
+        """-> parameters and Adam's step for them."""
+        return [(list(self.trainable().values()), lr or self.default_lr)]
 
     def n_changed(self) -> int:
         reference = dict(self.reference.named_parameters())
@@ -290,6 +298,8 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
         raise UserError(f"--policy {name}: choose from {', '.join(POLICIES)}")
     if edit not in EDITS:
         raise UserError(f"--edit {edit}: choose from {', '.join(EDITS)}")
+    if cfg.keep and name not in ("coef", "random"):
+        raise UserError(f"--rlhf-keep chooses among coefficients: --policy coef or random, not {name}")
     if name == "full":
         return WeightPolicy(model)
     if name == "lora":
@@ -302,44 +312,77 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
 
 
 class Screen:
-    """Lets only the `keep` numbers learn whose gradient stands out most from its own noise: |mean| / standard error over the minibatches
-    of the first `screen` rollouts, during which nothing moves. (To first order, gain² at a given KL is a sum of mean² / variance: the
-    variance of a score-function gradient is proportional to the Fisher information.) All other gradients are set to 0, and so Adam
-    leaves those numbers *exactly* where they were.
-    """
+    """With --rlhf-keep, only so many of an edit's numbers learn; the gradients of all others are set to 0, and Adam leaves those
+    *exactly* where they were. `masks` holds 1 for those that learn, by parameter; empty: all do."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], cfg: PPOConfig):
-        self.cfg, self.parameters = cfg, parameters if cfg.keep else {}
-        self.seen = 0                                # minibatches
-        self.sums = {name: torch.zeros(3, *p.shape, device=p.device) for name, p in self.parameters.items()}      # Σ g, Σ g², chosen
+    def __init__(self):
+        self.masks: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def filter(self) -> None:
+    def choose(self, policy: EditPolicy, score_gradients: dict[str, Tensor], gradients: dict[str, Tensor], keep: int) -> None:
+        """Choose by `forward_selection` among the numbers of all parameters together; both arguments as of `episode_gradients`."""
+        chosen = forward_selection(*(torch.cat(list(parts.values()), 1) for parts in (score_gradients, gradients)), keep)
+        mask = torch.zeros(sum(part.shape[1] for part in gradients.values()), device=chosen.device).index_fill(0, chosen, 1.0)
+        self.masks = dict(zip(gradients, mask.split([part.shape[1] for part in gradients.values()])))
+
+    def filter(self, policy: Policy) -> None:
         """Called between the backward pass and each step."""
-        wanted = self.cfg.screen * self.cfg.epochs * self.cfg.minibatches
-        for name, p in self.parameters.items():
-            if self.seen < wanted:
-                self.sums[name][:2] += torch.stack([p.grad, p.grad.square()])
-            p.grad *= self.sums[name][2]
-        self.seen += 1
-        if self.parameters and self.seen == wanted:
-            self.choose()
-
-    def choose(self) -> None:
-        """End of the screening: mark the numbers that may learn."""
-        mean, square = (torch.cat([sums[i].flatten() / self.seen for sums in self.sums.values()]) for i in (0, 1))
-        deviation = (square - mean.square()).clamp(min=1e-30).sqrt()
-        chosen = torch.zeros_like(mean).index_fill(0, (mean.abs() / deviation).topk(min(self.cfg.keep, len(mean))).indices, 1.0)
-        for sums, part in zip(self.sums.values(), chosen.split([sums[2].numel() for sums in self.sums.values()])):
-            sums[2] = part.view_as(sums[2])
+        for name, mask in self.masks.items():
+            policy.trainable()[name].grad *= mask
 
     def state_dict(self) -> dict:
-        return {"seen": self.seen, "sums": self.sums}
+        return self.masks
 
     def load_state_dict(self, state: dict) -> None:
-        self.seen = state["seen"]
-        for name, sums in self.sums.items():
-            sums.copy_(state["sums"][name])
+        self.masks = state
+
+
+def screen_numbers(screen: Screen, policy: EditPolicy, act: Callable[[str], tuple["Rollout", Tensor, Tensor]], cfg: PPOConfig) -> None:
+    """Look at `cfg.screen` rollouts of the policy at its start (`act` makes one, with its advantages and returns), and choose."""
+    parts = []
+    for _ in tqdm(range(cfg.screen), desc="screen"):
+        rollout, advantages_BR, _ = act("rlhf, screening")
+        for rows in slices(cfg.episodes, cfg.micro_batch):
+            batch = select(rollout, rows)
+            parts.append(tuple(episode_gradients(policy, batch, weight_BR, cfg) for weight_BR in (batch.mask_BR, advantages_BR[rows])))
+    screen.choose(policy, *({name: torch.cat([part[i][name] for part in parts]) for name in parts[0][0]} for i in (0, 1)), cfg.keep)
+
+
+def episode_gradients(policy: EditPolicy, batch: "Rollout", weight_BR: Tensor, cfg: PPOConfig) -> dict[str, Tensor]:
+    """-> the gradient of Σ_t weight_t log π_t by each of the policy's numbers, episode by episode, {name: (B, numbers)}; for a policy at its
+    start, where every change is 0. One backward pass to the residual stream behind each edited layer tells them all."""
+    probes = {layer: torch.zeros_like(batch.trunk.resid_BTD, requires_grad=True) for layer in policy.edits}
+    features = {policy.lowest: batch.trunk.features}
+
+    def watch(layer: int, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
+        features[layer] = policy.edits[layer].encode(mlp_BTD.detach(), neurons_BTM.detach())
+        return probes[layer]
+
+    edits = {layer: functools.partial(watch, layer) for layer in policy.edits}
+    hidden_BRD = policy.model.hidden_from(batch.trunk.resid_BTD + probes[policy.lowest], policy.lowest, batch.mask_BT, edits)
+    logprobs_BR = pick(next_logprobs(policy.model, hidden_BRD[:, -cfg.response_tokens - 1:-1], cfg.temperature), batch.tokens_BT[:, -cfg.response_tokens:])
+    gradients = torch.autograd.grad((logprobs_BR * weight_BR).sum(), list(probes.values()))
+    return {f"{layer}.{name}": value_BF for layer, gradient_BTD in zip(probes, gradients)
+            for name, value_BF in policy.edits[layer].gradients(features[layer], gradient_BTD).items()}
+
+
+def forward_selection(scores_NK: Tensor, gradients_NK: Tensor, number: int, ridge: float = 1.0) -> Tensor:
+    """Which of K numbers promise most gain for their KL -> their indices, in the order of choice.
+
+    To second order, moving by δ gains g·δ and costs ½ δᵀFδ nats: g is the mean of the episodes' policy gradients (N rows), F the Fisher
+    information, the mean of s sᵀ over the episodes' gradients s of log π. The best δ is the natural gradient F⁻¹g (Kakade 2001). Here the
+    numbers are chosen one by one, each time the one whose gradient the others' best step leaves largest: orthogonal matching pursuit (Pati
+    et al. 1993), in units in which F has diagonal 1, with a ridge against noise. Features that say the same are not chosen twice.
+    """
+    N, size_K = len(scores_NK), scores_NK.square().mean(0).sqrt().clamp(min=1e-8)
+    scores_NK, gradient_K = scores_NK / size_K, gradients_NK.mean(0) / size_K
+    chosen, left_K = [], gradient_K.abs()
+    for _ in range(min(number, len(left_K))):
+        chosen.append(int(left_K.argmax()))
+        some_NC = scores_NK[:, chosen]
+        step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), gradient_K[chosen])
+        left_K = (gradient_K - scores_NK.T @ (some_NC @ step_C) / N).abs()
+        left_K[chosen] = -1.0
+    return torch.tensor(chosen, device=left_K.device)
 
 
 class Critic(nn.Module):
@@ -568,32 +611,39 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
     policy.model.recompute = cfg.recompute
-    lr = cfg.lr or policy.default_lr
-    optimizer = torch.optim.Adam([{"params": list(policy.trainable().values()), "lr": lr},
-                                  {"params": list(critic.parameters()), "lr": cfg.critic_lr}], eps=cfg.adam_eps)
-    kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in
+                                  (*policy.learning_rates(cfg.lr), (list(critic.parameters()), cfg.critic_lr))], eps=cfg.adam_eps)
+    kl, screen = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon), Screen()
     standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
-    screen = Screen(policy.trainable(), cfg)
-    first = run.restore(policy=Trainable(policy), screen=screen, critic=critic, optimizer=optimizer, kl=kl, standardize=standardize, generator=generator)
-    bar = tqdm(range(first, cfg.iterations), desc="rlhf", initial=first, total=cfg.iterations)
-    for iteration in bar:
-        start = time.monotonic()
+
+    def act(where: str) -> tuple[Rollout, Tensor, Tensor]:
+        """-> a new rollout with its scores and values, its advantages (whitened) and returns."""
         drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
         rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
         score(rollout, score_fn, standardize, critic, cfg)                             # the reward model's only appearance
-        check_finite(where := f"rlhf, step {iteration}", activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
-                     value=rollout.values_BR, kl=rollout.kl_BR)
+        check_finite(where, activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B, value=rollout.values_BR, kl=rollout.kl_BR)
         rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, kl.coef)
         advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
-        advantages_BR = whiten(advantages_BR, rollout.mask_BR)
-        for group, peak in zip(optimizer.param_groups, (lr, cfg.critic_lr)):
-            group["lr"] = peak * (1 - iteration / cfg.iterations)
+        return rollout, whiten(advantages_BR, rollout.mask_BR), returns_BR
+
+    first = run.restore(policy=Trainable(policy), screen=screen, critic=critic, optimizer=optimizer, kl=kl, standardize=standardize, generator=generator)
+    if cfg.keep and not screen.masks:
+        screen_numbers(screen, policy, act, cfg)
+    bar = tqdm(range(first, cfg.iterations), desc="rlhf", initial=first, total=cfg.iterations)
+    for iteration in bar:
+        start = time.monotonic()
+        rollout, advantages_BR, returns_BR = act(where := f"rlhf, step {iteration}")
+        if rollout.mean_kl > cfg.kl_stop:
+            run.log(step=iteration, diverged=rollout.mean_kl)
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (1 - iteration / cfg.iterations)
         figures = update(policy, critic, optimizer, screen, rollout, advantages_BR, returns_BR, cfg, generator, where)
         figures |= rollout_figures(rollout, standardize.undo(rollout.scores_B), returns_BR, kl.coef, prompts.end_of_text)
         kl.update(rollout.mean_kl)
         figures |= {"n_changed": policy.n_changed(), "episodes_per_second": cfg.episodes / (time.monotonic() - start)}
         if evaluation and (iteration + 1) % cfg.eval_every == 0 and iteration + 1 < cfg.iterations:
-            figures |= {f"eval_{key}": value for key, value in evaluation(policy).figures.items()}
+            figures |= evaluation(policy).for_log()
         run.log(step=iteration, **figures)
         bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{figures['kl']:.2f}", changed=figures["n_changed"])
         run.checkpoint(iteration + 1, cfg.checkpoint_seconds, policy=Trainable(policy), screen=screen, critic=critic, optimizer=optimizer, kl=kl,
@@ -618,9 +668,8 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, scr
                 (losses.total * share).backward()
                 figures.append(torch.stack([loss.detach() * share for loss in losses]))
             check_finite(where, optimizer, loss=torch.stack(figures))
-            screen.filter()
+            screen.filter(policy)
             optimizer.step()
-            policy.after_step(optimizer.param_groups[0]["lr"], cfg)
     means = torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)
     return dict(zip(("loss", "policy_loss", "value_loss", "approx_kl", "clipfrac", "vf_clipfrac", "ratio"), means.tolist()))
 
@@ -712,6 +761,11 @@ class Evaluated(NamedTuple):
     tokens_BT: Tensor                    # the policy's samples on the held-out prompts
     mask_BT: Tensor
     scores_B: Tensor
+    by_prompt: dict[str, list[float]] = {}           # gain and KL of each prompt, for intervals over prompts
+
+    def for_log(self) -> dict:
+        """-> all that was measured, as `eval_` figures of a line of metrics.jsonl."""
+        return {f"eval_{key}": value for key, value in (self.figures | self.by_prompt).items()}
 
 
 class Evaluation:
@@ -723,6 +777,8 @@ class Evaluation:
                      is better"; exactly ln 2 with nothing learned
     kl               mean over the policy's samples of the exact KL(policy ‖ reference) summed over the response, nats
     entropy          mean entropy of the policy's next-token distributions, nats a token
+    distinct_2       share of different ones among all pairs of neighbouring response tokens; ref_distinct_2: of the reference's samples
+    ref_perplexity   of the policy's responses under the reference
     """
 
     def __init__(self, reference: Pythia, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfig, seed: int):
@@ -742,7 +798,8 @@ class Evaluation:
         parts = [observe(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], self.cfg)
                  for rows in slices(len(sampled.tokens_BT), self.cfg.micro_batch)]
         kl_B = torch.cat([part.kl_BR.sum(1) for part in parts])
-        entropy_BR, mask_BR = (torch.cat([getattr(part, name) for part in parts]) for name in ("entropy_BR", "mask_BR"))
+        entropy_BR, mask_BR, ref_logprobs_BR = (torch.cat([getattr(part, name) for part in parts])
+                                                for name in ("entropy_BR", "mask_BR", "ref_logprobs_BR"))
         gain_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std().clamp(min=1e-6)
         gain_std, gain_se = self.mean_and_error(gain_B / std)
         kl, kl_se = self.mean_and_error(kl_B)
@@ -750,7 +807,10 @@ class Evaluation:
         return sampled._replace(figures={
             "score_ref": self.reference.scores_B.mean().item(), "score_policy": sampled.scores_B.mean().item(),
             "score_gain_std": gain_std, "score_gain_std_se": gain_se, "reward_loss": loss, "reward_loss_se": loss_se,
-            "kl": kl, "kl_se": kl_se, "entropy": masked_mean(entropy_BR, mask_BR).item()})
+            "kl": kl, "kl_se": kl_se, "entropy": masked_mean(entropy_BR, mask_BR).item(),
+            "distinct_2": distinct_2(sampled, mask_BR.shape[1]), "ref_distinct_2": distinct_2(self.reference, mask_BR.shape[1]),
+            "ref_perplexity": masked_mean(ref_logprobs_BR, mask_BR).neg().exp().item()},
+            by_prompt={"gains": self.by_prompt(gain_B / std).tolist(), "kls": self.by_prompt(kl_B).tolist()})
 
     def gain_by(self, score_fn: ScoreFn, sampled: Evaluated, name: str) -> dict:
         """-> the gain of the same samples by another score function, in its own standard deviations on the reference's samples."""
@@ -760,8 +820,42 @@ class Evaluation:
 
     def mean_and_error(self, x_B: Tensor) -> tuple[float, float]:
         """-> mean and its standard error over prompts."""
-        by_prompt = x_B.double().view(-1, self.cfg.eval_samples).mean(1)
-        return by_prompt.mean().item(), (by_prompt.std() / len(by_prompt) ** 0.5).item()
+        mean_P = self.by_prompt(x_B)
+        return mean_P.mean().item(), (mean_P.std() / len(mean_P) ** 0.5).item()
+
+    def by_prompt(self, x_B: Tensor) -> Tensor:
+        """-> the mean over each prompt's samples, mean_P."""
+        return x_B.double().view(-1, self.cfg.eval_samples).mean(1)
+
+
+def distinct_2(sampled: Evaluated, R: int) -> float:
+    """-> share of different ones among all pairs of neighbouring response tokens: it falls when a policy repeats itself."""
+    tokens_BR, mask_BR = sampled.tokens_BT[:, -R:], sampled.mask_BT[:, -R:].bool()
+    pairs = torch.stack([tokens_BR[:, :-1], tokens_BR[:, 1:]], -1)[mask_BR[:, 1:]]
+    return len(pairs.unique(dim=0)) / max(1, len(pairs))
+
+
+# Runs compared: gain at a given KL, read off the evaluations along training, with intervals over seeds and prompts.
+
+def gain_at_kl(kl_E: np.ndarray, gain_E: np.ndarray, at: float) -> float:
+    """-> the gain where the run first comes to `at` nats, linear between its evaluations E and from (0, 0) on; NaN where it never does."""
+    kl_E, gain_E = np.append(0.0, kl_E), np.append(0.0, gain_E)
+    if not (reached := np.flatnonzero(kl_E >= at)).size:
+        return math.nan
+    i = reached[0]
+    return gain_E[i] if i == 0 else float(np.interp(at, kl_E[i - 1:i + 1], gain_E[i - 1:i + 1]))
+
+
+def gains_at_kls(runs: list[tuple[np.ndarray, np.ndarray]], kls: tuple[float, ...], draws: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """-> mean over runs (one a seed; each kl_EP and gain_EP, evaluations along training by held-out prompts) of the gain at each KL, (K,),
+    NaN where a run does not come so far; and the same for `draws` bootstrap samples of seeds and of prompts, (draws, K). The samples are
+    the same in every call with as many seeds and prompts, so that differences between policies are paired."""
+    def mean_gains(seeds, prompts) -> list[float]:
+        return [np.mean([gain_at_kl(runs[s][0][:, prompts].mean(1), runs[s][1][:, prompts].mean(1), at) for s in seeds]) for at in kls]
+
+    rng, S, P = np.random.default_rng(0), len(runs), runs[0][0].shape[1]
+    drawn = [mean_gains(rng.integers(S, size=S), rng.integers(P, size=P)) for _ in range(draws)]
+    return np.array(mean_gains(range(S), slice(None))), np.array(drawn)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -3,19 +3,24 @@
 import argparse
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
+import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,7 +48,9 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
         trained = sae.train_sae(model, layer, train_BT, cfg, run, generator)
         interpret.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
     trained.save(run.folder, model_name=model_name(args), layer=layer, context=train_BT.shape[1])
-    return sae.evaluate_sae(model, layer, trained, heldout_BT)
+    features_NF = trained.encode(sae.mlp_rows(model, layer, heldout_BT).float())
+    return sae.evaluate_sae(model, layer, trained, heldout_BT) | {
+        "explanation_score": interpret.explanation_score(features_NF, heldout_BT).pearson_F.nanmean().item()}
 
 
 def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict:
@@ -62,12 +69,14 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(args.seed), evaluation)
     seconds = time.monotonic() - start
     after = evaluation(policy)
+    run.log(step=cfg.iterations, **after.for_log())
     write_safetensors(run.folder / "policy.safetensors", {name: p.detach() for name, p in policy.trainable().items()})
     write_json(run.folder / "samples.json", interpret.paired_samples(tokenizer, evaluation, after))
     interpret.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
     # A gain that the gold model, which training never saw, does not share is over-optimisation.
     return after.figures | (evaluation.gain_by(gold_fn, after, "gold") if gold_fn else {}) | {
         "n_changed": policy.n_changed(), "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
+        "diverged": any("diverged" in row for row in run.rows()),
         "seconds_per_iteration": seconds / cfg.iterations, "peak_memory_gib": ppo.peak_memory_gib(args.device)}
 
 
@@ -94,6 +103,68 @@ def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, ru
         "plots": {name: interpret.inline_png(path) for name, path in plots.items()}})
     print(f"report: {page}")
     return {"cards": len(cards)}
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """--stage compare"""
+
+    runs: str = "coef; random; steer; full"      # policies to train, each with options of its own, as in "coef --edit scale+bias --rlhf-keep 64"
+    seeds: int = 3                               # runs of each, with seeds 0, 1, …
+    kls: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0)        # nats at which gains are compared
+
+
+def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: "Run") -> dict:
+    """Train each of --compare-runs with every seed, all in folders OUT/rlhf-… of their own, and lay them side by side; finished ones are not
+    run again. Gains are read off at equal KL, with 95 % bootstrap intervals over seeds and prompts; the first is compared with each of the
+    others seed by seed and prompt by prompt."""
+    names = [" ".join(part.split()) for part in cfg.runs.split(";") if part.strip()]
+    cells = {name: [another(args, ["--policy", *name.split(), "--seed", str(seed)], [*name.split()[1:], args.tag, f"seed{seed}"])
+                    for seed in range(cfg.seeds)] for name in names}
+    for seed in range(cfg.seeds):                    # so that an early end leaves as many of each
+        for name in names:
+            run_apart(cells[name][seed])
+    folders = {name: [folder_of(cell, "rlhf") for cell in cells[name]] for name in names}
+    gain_K, drawn_DK = zip(*(ppo.gains_at_kls([evaluations(folder) for folder in folders[name]], cfg.kls) for name in names))
+    rows = [{"run": name} | {f"gain at {at:g}": interval(gain_K[i][k], drawn_DK[i][:, k]) for k, at in enumerate(cfg.kls)}
+            | means([read_json(folder / "metrics.json") for folder in folders[name]]) for i, name in enumerate(names)]
+    differences = [{f"{names[0]} minus": name} | {f"at {at:g}": interval((gain_K[0] - gain_K[i])[k], (drawn_DK[0] - drawn_DK[i])[:, k])
+                                                 for k, at in enumerate(cfg.kls)} for i, name in enumerate(names) if i]
+    interpret.plot_frontier(run.folder / "frontier.png", {
+        name: [[(kl_P.mean(), gain_P.mean()) for kl_P, gain_P in zip(*evaluations(folder))] for folder in folders[name]] for name in names})
+    write_tables(run.folder / "tables.md", rows, differences)
+    return {"runs": rows, "differences": differences}
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """--stage sweep"""
+
+    objectives: tuple[str, ...] = ("l1", "topk", "batchtopk", "jumprelu")        # of the SAEs
+    l0: tuple[float, ...] = (10.0, 20.0, 40.0)           # their targets
+    seeds: int = 3                                       # of each, with seeds 0, 1, …
+    rlhf: bool = True                                    # also train --policy on each SAE
+    kl: float = 2.0                                      # nats at which gains are compared
+
+
+def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
+    """Train an SAE for each objective, L0 target and seed, and --policy on each, in folders OUT/sweep-OBJECTIVE-L0-SEED, on the same text;
+    then lay the SAEs' figures and the gains side by side, means over seeds. Finished cells are not run again."""
+    rows = []
+    for objective, l0 in itertools.product(cfg.objectives, cfg.l0):
+        cells = [another(args, ["--sae-objective", objective, "--sae-l0", f"{l0:g}", "--seed", str(seed), "--out",
+                                f"{args.out}/sweep-{objective}-{l0:g}-{seed}"], [args.tag]) for seed in range(cfg.seeds)]
+        for cell in cells:
+            run_apart(cell, "rlhf" if cfg.rlhf else "sae")
+        figures = means([read_json(folder_of(cell, "sae") / "metrics.json") for cell in cells], SAE_FIGURES)
+        if cfg.rlhf:
+            folders = [folder_of(cell, "rlhf") for cell in cells]
+            gain_K, drawn_DK = ppo.gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,))
+            figures |= {f"gain at {cfg.kl:g}": interval(gain_K[0], drawn_DK[:, 0])} | means([read_json(folder / "metrics.json") for folder in folders])
+        rows.append({"objective": objective, "target": l0} | figures)
+        interpret.plot_sweep(run.folder / "sweep.png", rows)
+        write_tables(run.folder / "tables.md", rows)
+    return {"cells": rows}
 
 
 def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: "Run") -> dict:
@@ -329,6 +400,54 @@ def read_lines(path: str) -> list[str]:
     return lines
 
 
+# What compare and sweep do with runs.
+
+RLHF_FIGURES = ("score_gain_std", "kl", "gold_gain_std", "reward_loss", "distinct_2", "ref_perplexity", "n_changed", "seconds", "peak_memory_gib")
+SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead_fraction", "shrinkage", "explanation_score", "seconds")
+
+
+def another(args: argparse.Namespace, options: list[str], tags: list[str]) -> argparse.Namespace:
+    """-> the options of this command, with others in their place; the tag is made of `tags`."""
+    tag = re.sub(r"[^a-z0-9]+", "-", " ".join(tags).lower()).strip("-")
+    cell = parse([*args.argv, *options, "--tag", tag, "--resume"])
+    choose_layers(cell)
+    return cell
+
+
+def run_apart(cell: argparse.Namespace, stage: str = "rlhf") -> None:
+    """Run a stage in a process of its own, so that memory is measured for it alone."""
+    if not (folder_of(cell, stage) / "metrics.json").exists():
+        done = subprocess.run([sys.executable, __file__, *cell.argv, "--stage", stage])
+        if done.returncode:
+            raise UserError(f"{folder_of(cell, stage)}: this run failed, see above; --resume goes on behind those that are finished")
+
+
+def evaluations(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """-> KL and gain of each held-out prompt at each evaluation of a run, kl_EP and gain_EP."""
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "eval_kls" in row]
+    return np.array([row["eval_kls"] for row in rows]), np.array([row["eval_gains"] for row in rows])
+
+
+def means(figures: list[dict], keys: tuple[str, ...] = RLHF_FIGURES) -> dict:
+    """-> the means over runs."""
+    return {key: statistics.mean(each[key] for each in figures) for key in keys if all(key in each for each in figures)}
+
+
+def interval(value: float, drawn_D: np.ndarray) -> str:
+    """-> a value with the middle 95 % of its bootstrap samples."""
+    return f"{value:.2f} [{np.nanquantile(drawn_D, 0.025):.2f}, {np.nanquantile(drawn_D, 0.975):.2f}]" if math.isfinite(value) else "not reached"
+
+
+def write_tables(path: Path, *tables: list[dict]) -> None:
+    """Print tables, and write them in Markdown."""
+    lines = []
+    for rows in filter(None, tables):
+        cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+        lines += ["", *("| " + " | ".join(line) + " |" for line in (rows[0], ["---"] * len(rows[0]), *cells))]
+    print("\n".join(lines))
+    write_whole(path, lambda file: file.write("\n".join([*lines[1:], ""]).encode()))
+
+
 # ------------------------------------------------------------------------------------------------------------- run folders
 
 class Run:
@@ -438,12 +557,14 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------ command line
 
 STAGES = {"lm": (stage_lm, LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward": (stage_reward, reward.RewardConfig),
-          "rlhf": (stage_rlhf, ppo.PPOConfig), "interpret": (stage_interpret, interpret.InterpretConfig)}
+          "rlhf": (stage_rlhf, ppo.PPOConfig), "interpret": (stage_interpret, interpret.InterpretConfig),
+          "compare": (stage_compare, CompareConfig), "sweep": (stage_sweep, SweepConfig)}
 NEED_SAE = ("coef", "random")                        # policies that do: `random` has as many vectors, as many of them active
 ASSETS = Path(__file__).parent / "assets"
 # What besides its own options a stage's result depends on; another value of these is another run.
 DEPENDS = {"lm": ("corpus", "seed"), "sae": ("model", "layers", "corpus", "dtype", "seed"), "reward": ("model", "corpus", "seed"),
-           "rlhf": ("model", "layers", "policy", "edit", "reward", "prompts", "eval_prompts", "dtype", "seed"), "interpret": ("model", "layers")}
+           "rlhf": ("model", "layers", "policy", "edit", "reward", "prompts", "eval_prompts", "dtype", "seed"), "interpret": ("model", "layers"),
+           "compare": ("model", "layers", "edit", "reward"), "sweep": ("model", "layers", "policy", "edit", "reward")}
 TEXT_DEPENDS = ("model", "corpus", "dtype", "seed", "context", "text_tokens", "eval_tokens")        # the text of an SAE's training
 
 
@@ -482,6 +603,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             group.add_argument(f"--{stage}-{field.name.replace('_', '-')}", type=FIELD_TYPES.get(field.type, field.type),
                                default=field.default, help=" ")
     args, unknown = parser.parse_known_args(argv)
+    args.argv = argv
     if unknown:
         valid = ", ".join(option for action in parser._actions for option in action.option_strings if option.startswith("--"))
         raise UserError(f"unknown option {unknown[0]!r}; valid: {valid}")
@@ -516,7 +638,7 @@ def folder_of(args: argparse.Namespace, stage: str) -> Path:
     tag = f"-{args.tag}" if args.tag else ""
     if stage == "sae":
         return sae_folder(args, *args.layers)
-    return Path(args.out) / {"rlhf": f"rlhf-{args.policy}{tag}", "interpret": f"report{tag}"}.get(stage, stage)
+    return Path(args.out) / ({"rlhf": f"rlhf-{args.policy}", "interpret": "report"}.get(stage, stage) + tag)
 
 
 def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:
@@ -533,7 +655,8 @@ def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:
                 run.discard()
                 raise
             figures = run.finish(figures | {"seconds": round(time.monotonic() - start, 2)})
-    print(f"{run.folder}: " + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()))
+    print(f"{run.folder}: " + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
+                                        if not isinstance(value, list)))
     return figures
 
 

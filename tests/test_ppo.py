@@ -1,6 +1,5 @@
 """ppo.py against plain loops in numpy, against the dense formula of the edit, and at c = 1 against the model without an edit."""
 
-import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,8 +10,8 @@ import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
 from ppo import (AdaptiveKL, Critic, EditPolicy, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, Screen, SparseFeatures, Standardize, Trunk,
-                 collect_rollouts, gae, join, kl_rewards, make_policy, next_logprobs, observe, pick, ppo_loss, respond, score, select,
-                 train_ppo, update, whiten)
+                 collect_rollouts, episode_gradients, forward_selection, gae, join, kl_rewards, make_policy, next_logprobs, observe, pick,
+                 ppo_loss, respond, score, select, train_ppo, update, whiten)
 from pythia import UserError, pad_left
 from sae import SAE
 from train import Run
@@ -170,30 +169,42 @@ def test_controls_are_their_formulas_cached_or_not(name, formula):
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
-def test_screen_lets_only_what_stands_out_of_the_noise_learn():
-    parameters = {"a": torch.nn.Parameter(torch.ones(6)), "b": torch.nn.Parameter(torch.zeros(4))}
-    mean = {"a": torch.tensor([5.0, 0, 0.3, 0, 0, -2]), "b": torch.tensor([0.0, 0, 0, 1])}
-    noise = {"a": torch.tensor([50.0, 1, 0.1, 1, 1, 1]), "b": torch.tensor([1.0, 1, 1, 0.3])}        # a[0] is large, and all noise
-    screen, generator = Screen(parameters, replace(CFG, keep=3, screen=20, minibatches=2, epochs=1)), torch.Generator().manual_seed(0)
-    restored = Screen(parameters, screen.cfg)
-    for i in range(60):
-        for name, p in parameters.items():
-            p.grad = mean[name] + noise[name] * torch.randn(p.shape, generator=generator)
-        screen.filter()
-        if i == 10:
-            restored.load_state_dict(copy.deepcopy(screen.state_dict()))
-        if i < 40:
-            assert not any(p.grad.any() for p in parameters.values())
-    assert parameters["a"].grad.nonzero().flatten().tolist() == [2, 5] and parameters["b"].grad.nonzero().flatten().tolist() == [3]
-    assert restored.seen == 11 and not restored.sums["a"][0].equal(screen.sums["a"][0]) and restored.sums["a"][0].any()
+@pytest.mark.parametrize("layers", [[2], [1, 2]])
+def test_gradients_of_episodes_equal_autograds(layers):
+    """Each episode's gradient by each number, from one backward pass, against a backward pass for each episode."""
+    model, generator = random_model(F64), torch.Generator().manual_seed(0)
+    policy = random_policy("coef", model, layers, "scale+bias", moved=False)
+    rollout = collect_rollouts(policy, *prompts().draw(6, 1, generator), 0, CFG, generator)
+    weight_BR = torch.randn(6, R, generator=generator, dtype=F64) * rollout.mask_BR
+    found = episode_gradients(policy, rollout, weight_BR, CFG)
+    for b in range(6):
+        batch = select(rollout, slice(b, b + 1))
+        logp_BRV = next_logprobs(model, policy.hidden(batch.tokens_BT, batch.mask_BT, R, batch.trunk), CFG.temperature)
+        wanted = torch.autograd.grad((pick(logp_BRV, batch.tokens_BT[:, -R:]) * weight_BR[b]).sum(), list(policy.trainable().values()))
+        for name, gradient in zip(policy.trainable(), wanted):
+            assert gradient.abs().max() > 1e-4 or "coef" in name
+            torch.testing.assert_close(found[name][b].double(), gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_shrink_is_a_soft_threshold():
-    scale = FeatureScale(SAE(4, 6), bias=True)
-    scale.coef_F.data = torch.tensor([1.0, 1.05, 0.95, 1.5, 0.25, -1.0])
-    scale.bias_F.data = torch.tensor([0.0, 0.05, -0.05, 0.5, -0.75, 1.0])
-    EditPolicy(random_model(), {2: scale}).after_step(0.25, replace(CFG, shrink=0.5))
-    assert scale.coef_F.tolist() == [1, 1, 1, 1.375, 0.375, -0.875] and scale.bias_F.tolist() == [0, 0, 0, 0.375, -0.625, 0.875]
+def test_forward_selection_takes_what_adds_and_nothing_twice():
+    """Numbers 3 and 4 are noise but for a common signal, which 5 has by itself; 8 is a copy of 7, 9 is large and means nothing."""
+    generator = torch.Generator().manual_seed(0)
+    scores_NK = torch.randn(4000, 12, generator=generator)
+    scores_NK[:, 8] = scores_NK[:, 7]
+    scores_NK[:, 9] *= 100
+    advantage_N = scores_NK[:, 5] + 0.6 * scores_NK[:, 7] + 0.3 * scores_NK[:, 2] + torch.randn(4000, generator=generator)
+    chosen = forward_selection(scores_NK, advantage_N[:, None] * scores_NK, 3, ridge=0.1).tolist()
+    assert chosen[0] == 5 and chosen[1] in (7, 8) and chosen[2] == 2
+    assert sorted(forward_selection(scores_NK, advantage_N[:, None] * scores_NK, 99).tolist()) == list(range(12))
+
+
+def test_keep_leaves_all_others_exactly_where_they_were(tmp_path):
+    policy = random_policy("coef", random_model(), (1, 2), "scale+bias", moved=False)
+    train_ppo(policy, prompts(), lambda tokens_BT, mask_BT: (tokens_BT % 2.0).mean(1), replace(CFG, keep=5, screen=2),
+              Run(tmp_path, {}, resume=False), torch.Generator().manual_seed(0))
+    assert 2 <= policy.n_changed() <= 5              # a feature that was chosen may be silent from then on
+    with pytest.raises(UserError, match="--rlhf-keep"):
+        make_policy("steer", random_model(), [2], {}, replace(CFG, keep=5))
 
 
 # ----------------------------------------------------------------------------------------------------------------- rollouts
@@ -404,7 +415,7 @@ def test_micro_batches_only_save_memory():
     for size in (32, 8):
         for parameter in (*policy.trainable().values(), *critic.parameters()):
             parameter.grad = None
-        update(policy, critic, torch.optim.SGD(critic.parameters(), lr=0.0), Screen({}, CFG), rollout, advantages_BR, advantages_BR,
+        update(policy, critic, torch.optim.SGD(critic.parameters(), lr=0.0), Screen(), rollout, advantages_BR, advantages_BR,
                replace(CFG, micro_batch=size, minibatches=1, epochs=1), torch.Generator().manual_seed(1))
         gradients.append([policy.trainable()["2.coef_F"].grad, *(p.grad for p in critic.parameters())])
     assert len(gradients[0]) == 4 and all(gradient.abs().max() > 1e-4 for gradient in gradients[0])
@@ -445,7 +456,7 @@ def test_recomputed_activations_give_the_same_gradients(name):
     assert len(gradients[0]) > 0 and all(map(torch.equal, *gradients))
 
 
-@pytest.mark.parametrize("name, edit, lr", [("coef", "scale+bias", 0.1), ("full", "scale", 3e-3), ("lora", "scale", 1e-2)])
+@pytest.mark.parametrize("name, edit, lr", [("coef", "scale+bias", 0.6), ("full", "scale", 3e-3), ("lora", "scale", 1e-2)])
 def test_training_learns_a_planted_reward(tmp_path, name, edit, lr):
     model, cfg = random_model(), replace(CFG, iterations=10, episodes=128, epochs=4, micro_batch=64, lr=lr, temperature=1.0)
     weights = [parameter.clone() for parameter in model.parameters()]
@@ -458,13 +469,13 @@ def test_training_learns_a_planted_reward(tmp_path, name, edit, lr):
     assert all(map(torch.equal, weights, model.parameters()))       # the reference is as it was
 
 
-@every_policy
-def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name):
+@pytest.mark.parametrize("name, keep", [("coef", 0), ("coef", 7), ("neurons", 0), ("steer", 0), ("full", 0), ("lora", 0)])
+def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name, keep):
     model = random_model()
 
     def train(run):
         policy = random_policy(name, model, (1, 3), moved=False)
-        return train_ppo(policy, prompts(), Sevens(), CFG, run, torch.Generator().manual_seed(0)).trainable()
+        return train_ppo(policy, prompts(), Sevens(), replace(CFG, keep=keep, screen=1), run, torch.Generator().manual_seed(0)).trainable()
 
     runs = [Run(tmp_path / folder, {}, resume=False) for folder in "ab"]
     results = [train(run) for run in runs]

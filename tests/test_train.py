@@ -43,7 +43,7 @@ def test_every_stage_writes_its_files(whole):
                "peak_memory_gib gold_gain_std".split()) <= set(rlhf)
     assert rlhf["trainable_parameters"] == 128 and 0 < rlhf["n_changed"] <= 128 and rlhf["kl"] > 0
     lines = [json.loads(line) for line in (whole / "rlhf-coef" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2] and "eval_score_gain_std" in lines[0]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and "eval_score_gain_std" in lines[0]
 
 
 def test_report_is_one_self_contained_page(whole):
@@ -87,6 +87,38 @@ def test_several_layers_each_with_its_own_sae(whole, capsys):
     texts = [read_safetensors(whole / name / "text.safetensors") for name in ("sae", "sae-1")]
     assert texts[0]["train"].equal(texts[1]["train"])                  # one text for both
     assert run("--stage", "interpret", "--layer", "1,2", "--tag", "two", out=whole) == 0
+
+
+def few_prompts(folder: Path) -> list[str]:
+    """-> options for a quick evaluation."""
+    (folder / "few.txt").write_text("The film was\nI saw this\nA story about\nHer best role\n")
+    return ["--eval-prompts", str(folder / "few.txt"), "--gold", "", "--rlhf-iterations", "2"]
+
+
+def test_compare_trains_what_is_missing_and_reads_off_gains(whole, capsys):
+    options = [*few_prompts(whole), "--stage", "compare", "--compare-runs", "coef --rlhf-keep 9 --rlhf-screen 1; steer --rlhf-lr 0.5", "--compare-seeds", "2",
+               "--compare-kls", "0.001,50"]
+    assert run(*options, out=whole) == 0
+    table = capsys.readouterr().out
+    assert "not reached" in table and "coef --rlhf-keep 9 --rlhf-screen 1 minus" in table
+    figures = read_json(whole / "compare" / "metrics.json")
+    assert [row["run"].split()[0] for row in figures["runs"]] == ["coef", "steer"] and (whole / "compare" / "frontier.png").exists()
+    runs = [read_json(whole / f"rlhf-steer-rlhf-lr-0-5-seed{seed}" / "metrics.json") for seed in (0, 1)]
+    assert figures["runs"][1]["kl"] == pytest.approx((runs[0]["kl"] + runs[1]["kl"]) / 2) and runs[0]["kl"] != runs[1]["kl"]
+    assert figures["runs"][0]["n_changed"] <= 9
+
+
+def test_sweep_trains_each_cell_once(whole, tmp_path, capsys):
+    options = [*few_prompts(tmp_path), "--stage", "sweep", "--sweep-objectives", "l1,topk", "--sweep-l0", "5", "--sweep-seeds", "1", "--sweep-kl", "0.001"]
+    assert run(*options, out=tmp_path) == 0
+    rows = read_json(tmp_path / "sweep" / "metrics.json")["cells"]
+    assert [row["objective"] for row in rows] == ["l1", "topk"] and rows[1]["l0"] == pytest.approx(5, abs=0.5) and "gain at 0.001" in rows[0]
+    texts = [read_safetensors(tmp_path / f"sweep-{name}-5-0" / "sae" / "text.safetensors")["train"] for name in ("l1", "topk")]
+    assert texts[0].equal(texts[1])
+    stamps = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("sweep-*/*/metrics.json"))]
+    (tmp_path / "sweep" / "metrics.json").unlink()
+    assert run(*options, "--resume", out=tmp_path) == 0
+    assert len(stamps) == 4 and stamps == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("sweep-*/*/metrics.json"))]
 
 
 def test_lm_and_reward_stages(tmp_path):
