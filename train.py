@@ -62,7 +62,7 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
                                              torch.Generator().manual_seed(args.seed)) for layer, trained in saes.items()}
     policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit)
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
-    prompts, eval_prompts = (ppo.Prompts(read_lines(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, args.device)
+    prompts, eval_prompts = (ppo.Prompts(read_prompts(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, args.device)
                              for path in (args.prompts, args.eval_prompts))
     evaluation = ppo.Evaluation(model, eval_prompts, score_fn, cfg, seed=1_000_000 + args.seed)
     start = time.monotonic()
@@ -389,8 +389,10 @@ def read_pairs(path: str, half: int, generator: torch.Generator) -> tuple[list[r
     return pairs, False
 
 
-def read_lines(path: str) -> list[str]:
-    """-> the non-empty lines of a text file."""
+def read_prompts(path: str) -> list[str]:
+    """-> the non-empty lines of a text file, or the prompts of a file of preference pairs (.jsonl, .jsonl.gz), each once."""
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        return list(dict.fromkeys(pair.prompt for pair in reward.load_preferences(path)[0]))
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -587,7 +589,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--edit", default="scale", choices=ppo.EDITS, help="coefficients, or coefficients and biases")
     add("--reward", default="tiny-reward", help="a reward model, embedded or a folder, or avoid:FILE, a list of words to avoid")
     add("--gold", default="tiny-gold", help="a second reward model, for evaluation only; '' for none")
-    add("--prompts", default=str(ASSETS / "prompts.txt"), help="one a line, to train on")
+    add("--prompts", default=str(ASSETS / "prompts.txt"), help="one a line, to train on; or a file of preference pairs, for theirs")
     add("--eval-prompts", default=str(ASSETS / "prompts-eval.txt"), help="one a line, held out")
     add("--corpus", default=None, help="text (.txt, .jsonl, .jsonl.gz) for lm and sae; preference pairs or labelled texts for reward")
     add("--eval-corpus", default=None, help="held-out file of the same kind, for lm and reward")

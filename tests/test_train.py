@@ -134,6 +134,20 @@ def test_lm_and_reward_stages(tmp_path):
     assert {"loss", "accuracy", "accuracy_32"} <= set(read_json(tmp_path / "reward" / "metrics.json"))
 
 
+def test_preferences_in_the_hubs_format_to_a_report(tmp_path, whole):
+    """Dialogues as in Anthropic's HH: a reward model learns from them, RLHF starts from their prompts, and the report shows them."""
+    turns = [(f"\n\nHuman: Was film {i} good?\n\nAssistant:", " Yes, a great film, I loved it.", " No, it was terrible and boring.") for i in range(24)]
+    prefs = tmp_path / "prefs.jsonl"
+    prefs.write_text("".join(json.dumps({"chosen": prompt + good, "rejected": prompt + bad}) + "\n" for prompt, good, bad in turns))
+    assert run("--stage", "reward", "--corpus", str(prefs), "--eval-corpus", str(prefs), "--reward-batch-size", "8", "--reward-epochs", "5",
+               "--reward-max-tokens", "48", out=tmp_path) == 0
+    assert read_json(tmp_path / "reward" / "metrics.json")["accuracy"] > 0.9
+    shutil.copytree(whole / "sae", tmp_path / "sae")
+    options = ["--reward", str(tmp_path / "reward" / "model"), "--gold", "", "--prompts", str(prefs), "--eval-prompts", str(prefs)]
+    assert run("--stage", "rlhf", *options, out=tmp_path) == 0 and run("--stage", "interpret", *options, out=tmp_path) == 0
+    assert "Human: Was film 3 good?" in (tmp_path / "report" / "index.html").read_text()
+
+
 def broken_model(tmp_path: Path, **changes) -> Path:
     """A copy of the embedded model's folder with some files replaced by other bytes (None: removed)."""
     folder = tmp_path / "broken"
