@@ -2,14 +2,14 @@
 
 `explanation_score` says how far a feature can be told from the token and the one before it. Many features wait for more ("not very good").
 
-Write `two_back_score(activations_NF, tokens_BT, strength=2.0) -> Explanation`, with the same rows (all tokens but each window's first), the same
-split (fitted on even windows, scored on odd ones) and the same NaN for silent columns, whose prediction may look at *three* tokens: t−2, t−1 and t. It must
-be good on columns that depend on the token two back, hardly worse on the others, and explain noise no better than noise can be.
+Write `two_back_score(activations_NF, tokens_BT, strength=2.0) -> Explanation`, with the same rows (all tokens but each window's first), the
+same split (fitted on even windows, scored on odd ones) and the same NaN for silent columns, whose prediction may look at *three* tokens: t−2,
+t−1 and t. It must be good on columns that depend on the token two back, hardly worse on the others, and explain noise no better than noise can be.
 
 Hints: the least that works is one more level of the same kind, the mean at the same three tokens drawn towards the mean at the same pair
-(`class_means`); a window's second token has nothing two back: give that an id of its own. Fit on even windows *only*: what was fitted to the rows it
-is scored on "explains" noise. To go on: most threes are rare in real text, and a mean at (t−2, t), whatever lies between, is seen more often; score an
-SAE's features with both functions, layer by layer.
+(`class_means`); a window's second token has nothing two back: give that an id of its own. Fit on even windows *only*: what was fitted to the
+rows it is scored on "explains" noise. To go on: most threes are rare in real text, and a mean at (t−2, t), whatever lies between, is seen more
+often; score an SAE's features with both functions, layer by layer.
 """
 
 import numpy as np
