@@ -15,6 +15,12 @@ CONFIG = PythiaConfig(vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, 
                       rotary_pct=0.5)
 
 
+def pytest_addoption(parser):
+    """Used in assignments/conftest.py."""
+    parser.addoption("--assignment", type=int, choices=range(1, 7), help="run the tests of one of the assignments (README), 1 to 6")
+    parser.addoption("--solution", action="store_true", help="with --assignment: the reference solution in place of your code")
+
+
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch, tmp_path_factory):
     """No test reads or writes the user's cache of models, nor asks for a network."""
