@@ -359,7 +359,8 @@ def episode_gradients(policy: EditPolicy, batch: "Rollout", weight_BR: Tensor, c
 
     edits = {layer: functools.partial(watch, layer) for layer in policy.edits}
     hidden_BRD = policy.model.hidden_from(batch.trunk.resid_BTD + probes[policy.lowest], policy.lowest, batch.mask_BT, edits)
-    logprobs_BR = pick(next_logprobs(policy.model, hidden_BRD[:, -cfg.response_tokens - 1:-1], cfg.temperature), batch.tokens_BT[:, -cfg.response_tokens:])
+    logp_BRV = next_logprobs(policy.model, hidden_BRD[:, -cfg.response_tokens - 1:-1], cfg.temperature)
+    logprobs_BR = pick(logp_BRV, batch.tokens_BT[:, -cfg.response_tokens:])
     gradients = torch.autograd.grad((logprobs_BR * weight_BR).sum(), list(probes.values()))
     return {f"{layer}.{name}": value_BF for layer, gradient_BTD in zip(probes, gradients)
             for name, value_BF in policy.edits[layer].gradients(features[layer], gradient_BTD).items()}
@@ -626,7 +627,9 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
         return rollout, whiten(advantages_BR, rollout.mask_BR), returns_BR
 
-    first = run.restore(policy=Trainable(policy), screen=screen, critic=critic, optimizer=optimizer, kl=kl, standardize=standardize, generator=generator)
+    parts = {"policy": Trainable(policy), "screen": screen, "critic": critic, "optimizer": optimizer, "kl": kl, "standardize": standardize,
+             "generator": generator}                 # all that a resumed run needs
+    first = run.restore(**parts)
     if cfg.keep and not screen.masks:
         screen_numbers(screen, policy, act, cfg)
     bar = tqdm(range(first, cfg.iterations), desc="rlhf", initial=first, total=cfg.iterations)
@@ -646,8 +649,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
             figures |= evaluation(policy).for_log()
         run.log(step=iteration, **figures)
         bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{figures['kl']:.2f}", changed=figures["n_changed"])
-        run.checkpoint(iteration + 1, cfg.checkpoint_seconds, policy=Trainable(policy), screen=screen, critic=critic, optimizer=optimizer, kl=kl,
-                       standardize=standardize, generator=generator)
+        run.checkpoint(iteration + 1, cfg.checkpoint_seconds, **parts)
     return policy
 
 
@@ -838,12 +840,13 @@ def distinct_2(sampled: Evaluated, R: int) -> float:
 # Runs compared: gain at a given KL, read off the evaluations along training, with intervals over seeds and prompts.
 
 def gain_at_kl(kl_E: np.ndarray, gain_E: np.ndarray, at: float) -> float:
-    """-> the gain where the run first comes to `at` nats, linear between its evaluations E and from (0, 0) on; NaN where it never does."""
-    kl_E, gain_E = np.append(0.0, kl_E), np.append(0.0, gain_E)
-    if not (reached := np.flatnonzero(kl_E >= at)).size:
+    """-> the gain where the run first comes to `at` > 0 nats, between evaluations E (and from 0 on) linear in √KL, as gain is near the
+    reference; NaN where it never does."""
+    root_E, gain_E = np.append(0.0, kl_E) ** 0.5, np.append(0.0, gain_E)
+    if not (reached := np.flatnonzero(root_E >= at ** 0.5)).size:
         return math.nan
     i = reached[0]
-    return gain_E[i] if i == 0 else float(np.interp(at, kl_E[i - 1:i + 1], gain_E[i - 1:i + 1]))
+    return float(np.interp(at ** 0.5, root_E[i - 1:i + 1], gain_E[i - 1:i + 1]))
 
 
 def gains_at_kls(runs: list[tuple[np.ndarray, np.ndarray]], kls: tuple[float, ...], draws: int = 1000) -> tuple[np.ndarray, np.ndarray]:

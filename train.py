@@ -160,7 +160,8 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
         if cfg.rlhf:
             folders = [folder_of(cell, "rlhf") for cell in cells]
             gain_K, drawn_DK = ppo.gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,))
-            figures |= {f"gain at {cfg.kl:g}": interval(gain_K[0], drawn_DK[:, 0])} | means([read_json(folder / "metrics.json") for folder in folders])
+            figures |= {f"gain at {cfg.kl:g}": interval(gain_K[0], drawn_DK[:, 0])}
+            figures |= means([read_json(folder / "metrics.json") for folder in folders])
         rows.append({"objective": objective, "target": l0} | figures)
         interpret.plot_sweep(run.folder / "sweep.png", rows)
         write_tables(run.folder / "tables.md", rows)

@@ -10,8 +10,8 @@ import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
 from ppo import (AdaptiveKL, Critic, EditPolicy, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, Screen, SparseFeatures, Standardize, Trunk,
-                 collect_rollouts, episode_gradients, forward_selection, gae, join, kl_rewards, make_policy, next_logprobs, observe, pick,
-                 ppo_loss, respond, score, select, train_ppo, update, whiten)
+                 collect_rollouts, episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, kl_rewards, make_policy,
+                 next_logprobs, observe, pick, ppo_loss, respond, score, select, train_ppo, update, whiten)
 from pythia import UserError, pad_left
 from sae import SAE
 from train import Run
@@ -527,3 +527,27 @@ def test_other_misuse_is_explained():
     assert "--rlhf-lora-targets mlp: choose" in complaint(make_policy, "lora", model, [], {}, replace(CFG, lora_targets=("dense", "mlp")))
     assert "context of 64" in complaint(prompts, ["1", "2" * 59])
     assert prompts(["1", "2" * 58]).tokens_BT.shape == (2, 59)
+
+
+# ----------------------------------------------------------------------------------------------------------------- comparison
+
+def test_gain_at_kl_is_read_off_the_first_crossing():
+    kl_E, gain_E = np.array([1.0, 4.0, 3.0, 9.0]), np.array([0.5, 2.0, 7.0, 8.0])
+    for at, gain in ((1.0, 0.5), (4.0, 2.0), (0.25, 0.25), (2.25, 1.25)):
+        assert gain_at_kl(kl_E, gain_E, at) == pytest.approx(gain)
+    assert gain_at_kl(kl_E, gain_E, 6.25) == pytest.approx(7 + (2.5 - 3 ** 0.5) / (3 - 3 ** 0.5)) and math.isnan(gain_at_kl(kl_E, gain_E, 9.1))
+
+
+def test_bootstrap_intervals_cover_what_they_should():
+    """Gains 1 + noise of prompts and of seeds at 4 nats: the bootstrap's spread is that of the mean; paired differences have less."""
+    rng, spreads, means = np.random.default_rng(0), [], []
+    for _ in range(40):
+        prompt_P, seeds = rng.normal(size=100), rng.normal(size=6)
+        runs = [(np.full((1, 100), 4.0), (1 + 0.5 * seed + 2 * prompt_P)[None]) for seed in seeds]
+        gain_K, drawn_DK = gains_at_kls(runs, (4.0, 5.0), draws=100)
+        means.append(gain_K[0])
+        spreads.append(drawn_DK[:, 0].std())
+        assert math.isnan(gain_K[1])
+    assert np.mean(spreads) == pytest.approx(np.std(means), rel=0.3)
+    better = [(kl_EP, gain_EP + 0.1) for kl_EP, gain_EP in runs]
+    assert (gains_at_kls(better, (4.0,), 100)[1] - gains_at_kls(runs, (4.0,), 100)[1]).std() < 1e-9
