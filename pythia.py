@@ -637,10 +637,11 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
 
 
 def write_whole(path: str | Path, write: Callable) -> None:
-    """Call `write(binary file)` on a temporary file beside `path` and rename it, so that `path` is never half written."""
+    """Call `write(binary file)` on a temporary file beside `path` and rename it, so that `path` is never half written; makes its folder."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -793,10 +794,9 @@ class CheckpointFiles:
 
     def need(self, name: str) -> Path:
         """-> the path of a file that must be there."""
-        path = self.find(name)
-        if path is None:
-            raise UserError(f"{self}: has no {name}")
-        return path
+        if path := self.find(name):
+            return path
+        raise UserError(f"{self}: has no {name}")
 
 
 def hub_file(repo: str, revision: str, name: str) -> Path | None:
@@ -813,80 +813,65 @@ def hub_file(repo: str, revision: str, name: str) -> Path | None:
         return path
     if (root / ".no_exist" / commit / name).is_file():
         return None
+    what, endpoint = f"{name} of {repo} ({revision})", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{name} of {repo} ({revision}) is not at {path} and HF_HUB_OFFLINE is set: unset it, or fetch the file on a machine "
-                        f"with a network and copy {root}")
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repo}/resolve/{urllib.parse.quote(revision, safe='')}/{name}"
-    with hub_request(url, f"{name} of {repo} ({revision})", "HEAD") as response:
-        headers = response.headers
-    if response.status == 404:
-        if headers.get("X-Error-Code") != "EntryNotFound":
-            raise UserError(f"{repo} ({revision}) is not a repository of {url.split('/' + repo)[0]}, or needs a token (HF_TOKEN)")
-        commit = headers.get("X-Repo-Commit", "")
-        if re.fullmatch(r"[0-9a-f]{40}", commit):    # huggingface_hub marks an absent file so: no later call need ask again
-            marker = root / ".no_exist" / commit / name
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-            remember(ref, commit, revision)
-        return None
+        raise UserError(f"{what} is not at {path} and HF_HUB_OFFLINE is set: unset it, or fetch the file on a machine with a network "
+                        f"and copy {root}")
+    url = f"{endpoint}/{repo}/resolve/{urllib.parse.quote(revision, safe='')}/{name}"
+    with hub_request(url, what, "HEAD") as response:
+        headers, absent = response.headers, response.status == 404
+    if absent and headers.get("X-Error-Code") != "EntryNotFound":
+        raise UserError(f"{repo} ({revision}) is not a repository of {endpoint}, or needs a token (HF_TOKEN)")
     commit = headers.get("X-Repo-Commit", revision)
-    etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
-    size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or -1)
-    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not re.fullmatch(r"[\w-]{8,128}", etag) or size < 0:
-        raise UserError(f"{url}: the server announces no commit, etag and size; is HF_ENDPOINT a Hugging Face hub?")
-    blob, path = root / "blobs" / etag, root / "snapshots" / commit / name
-    if not blob.is_file():
-        download(url, f"{name} of {repo} ({revision})", blob, size, etag)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        path.unlink(missing_ok=True)                 # a link whose blob is gone
-        path.symlink_to(os.path.relpath(blob, path.parent))
-    remember(ref, commit, revision)
-    return path
-
-
-def remember(ref: Path, commit: str, revision: str) -> None:
-    """Note which commit a branch or tag is."""
-    if commit != revision:
-        ref.parent.mkdir(parents=True, exist_ok=True)
+    known = re.fullmatch("[0-9a-f]{40}", commit)
+    if absent:
+        path = None
+        if known:                                    # huggingface_hub marks an absent file so: no later call need ask again
+            write_whole(root / ".no_exist" / commit / name, lambda file: None)
+    else:
+        etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
+        size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+        if not (known and re.fullmatch(r"[\w-]{8,128}", etag) and size.isdecimal()):
+            raise UserError(f"{url}: the server announces no commit, etag and size; is HF_ENDPOINT a Hugging Face hub?")
+        blob, path = root / "blobs" / etag, root / "snapshots" / commit / name
+        if not blob.is_file():
+            download(url, what, blob, int(size), etag)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)             # a link whose blob is gone
+            path.symlink_to(os.path.relpath(blob, path.parent))
+    if known and commit != revision:
         write_whole(ref, lambda file: file.write(commit.encode()))
+    return path
 
 
 class SameHostRedirects(urllib.request.HTTPRedirectHandler):
     """Follow redirects; the token goes with them only to the host it was meant for. A HEAD request stays on its host: the answer that
     points elsewhere is the one whose headers tell commit, size and hash."""
 
-    def redirect_request(self, request, file, code, message, headers, url):
-        same_host = urllib.parse.urlsplit(url)[:2] == urllib.parse.urlsplit(request.full_url)[:2]
-        if request.get_method() == "HEAD" and not same_host:
+    def redirect_request(self, request, *answer):
+        new = super().redirect_request(request, *answer)         # has the request's headers, but not the unredirected ones
+        if (new.type, new.host) == (request.type, request.host):
+            new.unredirected_hdrs = request.unredirected_hdrs
+        elif request.method == "HEAD":
             return None
-        new = super().redirect_request(request, file, code, message, headers, url)
-        new.method = request.get_method()
-        for header in ("Authorization", "Range"):
-            value = request.unredirected_hdrs.get(header)
-            if value and (same_host or header == "Range"):
-                new.add_unredirected_header(header, value)
+        new.method = request.method
         return new
 
 
 def hub_request(url: str, what: str, method: str = "GET", start: int = 0):
-    """-> the server's answer, 404 and redirects included; UserError where it cannot be reached or refuses."""
+    """-> the server's answer, to HEAD also a 404 or a redirect to another host; UserError where it cannot be reached or refuses."""
     try:
-        request = urllib.request.Request(url, method=method)
-    except ValueError:
-        raise UserError(f"{what}: {url} is no address; HF_ENDPOINT must begin with https://") from None
-    if os.environ.get("HF_TOKEN"):
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
-    if start:
-        request.add_unredirected_header("Range", f"bytes={start}-")
-    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {}, method=method)
+        if token := os.environ.get("HF_TOKEN", "").strip():
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         return urllib.request.build_opener(SameHostRedirects).open(request, timeout=30)
     except urllib.error.HTTPError as answer:
-        if answer.code in (301, 302, 303, 307, 308, 404, 416):
+        if method == "HEAD" and answer.code in (301, 302, 303, 307, 308, 404):
             return answer
-        raise UserError(f"{what}: {url} answered {answer.code} {answer.reason}"
-                        + ("; is HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else "")) from None
-    except (OSError, http.client.HTTPException) as error:
+        hint = "; is HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else ""
+        raise UserError(f"{what}: {url} answered {answer.code} {answer.reason}{hint}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:          # ValueError: an HF_ENDPOINT that is no address
         raise UserError(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
 
 
@@ -906,26 +891,20 @@ def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
     part = blob.with_name(blob.name + ".incomplete")
     part.touch()                                     # an empty file needs no request
     for _ in range(5):                               # a cut connection is taken up again
-        have = part.stat().st_size if part.exists() else 0
-        if have >= size:
+        if (have := part.stat().st_size) >= size:
             break
-        with hub_request(url, what, start=have) as response, open(part, "ab") as file:
-            if response.status not in (200, 206):
-                raise UserError(f"{what}: {url} answered {response.status} to the download")
-            if response.status == 200:               # the server ignores Range
-                file.truncate(0)
-                have = 0
-            with tqdm(total=size, initial=have, desc=what, unit="B", unit_scale=True) as bar:
-                while chunk := received(response):
-                    bar.update(file.write(chunk))
+        with (hub_request(url, what, start=have) as response,
+              open(part, "ab" if response.status == 206 else "wb") as file,    # else the server ignores Range
+              tqdm(total=size, initial=file.tell(), desc=what, unit="B", unit_scale=True) as bar):
+            while chunk := received(response):
+                bar.update(file.write(chunk))
     have = part.stat().st_size
     if have < size:
         raise UserError(f"{what}: the connection broke off at {have} of {size} bytes; run again to go on from there")
-    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(f"blob {size}\0".encode())
+    begun = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(f"blob {size}\0".encode())
     with open(part, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if have != size or (len(etag) in (40, 64) and digest.hexdigest() != etag):
+        digest = hashlib.file_digest(file, lambda: begun).hexdigest()
+    if have != size or (len(etag) in (40, 64) and digest != etag):
         part.unlink()
         raise UserError(f"{what}: what was downloaded has not the announced size and hash; it was removed, try again")
     os.replace(part, blob)
