@@ -38,8 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-Edit = Callable[[Tensor, Tensor], Tensor]            # (mlp_BTD, neurons_BTM) -> change_BTD, see Pythia.forward
-Edits = dict[int, Edit]                              # layer -> edit
+Edits = dict[int, Callable[[Tensor, Tensor], Tensor]]            # layer -> edit(mlp_BTD, neurons_BTM) -> change_BTD, see Pythia
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -55,7 +54,7 @@ def reading(source: object, complaint: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:      # RecursionError is the last
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:      # a RecursionError is one
         reason = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
         raise UserError(f"{source}: {complaint}: {reason[:300]}") from None
 
@@ -175,9 +174,8 @@ class KVCache:
     """Keys and values of all past tokens, allocated once for the final length: key_LBHSK and value_LBHSK, L layers."""
 
     def __init__(self, cfg: PythiaConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype):
-        shape = (cfg.num_layers, batch, cfg.num_heads, max_tokens, cfg.head_size)
-        self.key_LBHSK = torch.empty(shape, device=device, dtype=dtype)
-        self.value_LBHSK = torch.empty(shape, device=device, dtype=dtype)
+        shape = (2, cfg.num_layers, batch, cfg.num_heads, max_tokens, cfg.head_size)
+        self.key_LBHSK, self.value_LBHSK = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0                              # tokens held; moved on by Pythia once all layers have appended
 
     def append(self, layer: int, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,8 +246,7 @@ class Block(nn.Module):
         self.attention = Attention(cfg, layer)
         self.mlp = MLP(cfg)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, attend_BHTS: Tensor | None,
-                cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, attend_BHTS: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """-> the residual stream after the block, the MLP's output m_BTD, the MLP's neurons_BTM."""
         h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD), rotary, attend_BHTS, cache)
         mlp_BTD, neurons_BTM = self.mlp(self.post_attention_layernorm(x_BTD if self.parallel else h_BTD))
@@ -375,10 +372,8 @@ class Pythia(nn.Module):
     def initialize(self, generator: torch.Generator) -> "Pythia":
         """Fresh weights: N(0, 0.02²), the two projections into the residual stream smaller by √(2 · layers) (GPT-2), biases 0."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "layernorm" in name or "layer_norm" in name:
-                nn.init.ones_(parameter)
+            if parameter.ndim == 1:                  # a bias, or the weight of a layer norm
+                nn.init.constant_(parameter, name.endswith("weight"))
             else:
                 into_residual = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
                 std = 0.02 / math.sqrt(2 * self.cfg.num_layers) if into_residual else 0.02
@@ -427,10 +422,9 @@ def attention_mask(mask_BT: Tensor | None, num_queries: int) -> Tensor | None:
     """
     if mask_BT is None:
         return None
-    S = mask_BT.shape[1]
-    query_T, key_S = torch.arange(S - num_queries, S, device=mask_BT.device), torch.arange(S, device=mask_BT.device)
-    causal_TS, self_TS = key_S <= query_T[:, None], key_S == query_T[:, None]
-    return ((mask_BT.bool()[:, None, :] & causal_TS) | self_TS)[:, None]
+    key_S = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    query_T1 = key_S[-num_queries:, None]
+    return ((mask_BT.bool()[:, None] & (key_S <= query_T1)) | (key_S == query_T1))[:, None]
 
 
 def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
