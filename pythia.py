@@ -565,7 +565,7 @@ def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (begin, stop), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
             if len(shape) > 8 or any(type(n) is not int or not 0 <= n <= len(data) for n in (*shape, begin, stop)):
-                raise ValueError(f"tensor {name!r} of shape {shape} at {begin} to {stop} does not fit in {len(data)} bytes of data")
+                raise ValueError(f"tensor {name!r} of shape {shape} at {begin} to {stop} is not within {len(data)} bytes: truncated?")
             if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name!r} of shape {shape} has bytes {begin} to {stop}, where {end} was next")
             flat = torch.frombuffer(data[begin:stop], dtype=dtype) if stop > begin else torch.empty(0, dtype=dtype)
