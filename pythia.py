@@ -12,6 +12,7 @@ References:
     RoFormer (rotary embeddings), Su et al. 2021, arXiv:2104.09864
 """
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -21,7 +22,6 @@ import math
 import mmap
 import os
 import re
-import struct
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -38,14 +38,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-Edit = Callable[[Tensor, Tensor], Tensor]            # (mlp_BTD, neurons_BTM) -> change_BTD, see Pythia.forward
-Edits = dict[int, Edit]                              # layer -> edit
+Edits = dict[int, Callable[[Tensor, Tensor], Tensor]]            # layer -> edit(mlp_BTD, neurons_BTM) -> change_BTD, see Pythia
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 class UserError(Exception):
     """Something that the user can mend: what was wrong, in which file or option, what to do. Shown as one line, exit code 2."""
+
+
+@contextlib.contextmanager
+def reading(source: object, complaint: str) -> Iterator[None]:
+    """A UserError of one line, "source: complaint: reason", in place of whatever a stranger's file makes go wrong inside."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such file") from None
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:      # a RecursionError is one
+        reason = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+        raise UserError(f"{source}: {complaint}: {reason[:300]}") from None
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -91,7 +102,7 @@ class PythiaConfig:
             raise UserError(f"model config: sizes must be positive whole numbers below 2 ** 24, layers at most 1000, found {sizes}")
         if self.hidden_size % self.num_heads:
             raise UserError(f"model config: hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads")
-        if not (0 < self.layer_norm_eps < math.inf and 0 < self.rotary_base < math.inf):
+        if not all(math.isfinite(value) and value > 0 for value in (self.layer_norm_eps, self.rotary_base)):
             raise UserError(f"model config: layer_norm_eps {self.layer_norm_eps} and rotary base {self.rotary_base} must be positive")
         if not 0 < self.rotary_pct <= 1 or self.rotary_dims % 2:
             raise UserError(f"model config: rotary_pct {self.rotary_pct} turns {self.rotary_dims} of {self.head_size} dimensions "
@@ -108,44 +119,31 @@ class PythiaConfig:
     @classmethod
     def from_json(cls, config: dict, source: object = "config.json") -> "PythiaConfig":
         """Read a GPT-NeoX config.json, with the field names of transformers up to 4 or from 5 on."""
-        if not isinstance(config, dict) or config.get("model_type") != "gpt_neox":
-            found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-            raise UserError(f"{source}: model_type is {found!r}; only gpt_neox models (Pythia) are supported")
-        if config.get("hidden_act", "gelu") != "gelu" or not config.get("attention_bias", True):
-            raise UserError(f"{source}: only exact GELU and attention with biases are supported, as in Pythia")
-        rope = config.get("rope_parameters") or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-            raise UserError(f"{source}: only plain rotary embeddings are supported, as in Pythia")
-        try:
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                num_layers=config["num_hidden_layers"],
-                num_heads=config["num_attention_heads"],
-                intermediate_size=config["intermediate_size"],
-                max_positions=config.get("max_position_embeddings", 2048),
-                rotary_pct=float(rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))),
-                rotary_base=float(rope.get("rope_theta", config.get("rotary_emb_base", 10_000))),
-                layer_norm_eps=float(config.get("layer_norm_eps", 1e-5)),
-                parallel_residual=bool(config.get("use_parallel_residual", True)),
-                tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{source}: missing or malformed field: {error!r}") from None
+        with reading(source, "missing or malformed field"):
+            if config.get("model_type") != "gpt_neox":
+                raise UserError(f"{source}: model_type is {config.get('model_type')!r}; only gpt_neox models (Pythia) are supported")
+            rope = config.get("rope_parameters") or {}
+            if (config.get("hidden_act", "gelu") != "gelu" or not config.get("attention_bias", True)
+                    or rope.get("rope_type", "default") != "default" or config.get("rope_scaling")):
+                raise UserError(f"{source}: only exact GELU, attention with biases and plain rotary embeddings are supported, as in Pythia")
+            fields = {ours: config[theirs] for theirs, ours in CONFIG_NAMES.items() if theirs in config}
+            return cls(**fields | {ours: rope[theirs] for theirs, ours in ROPE_NAMES.items() if theirs in rope})
 
     def to_json(self, dtype: torch.dtype) -> dict:
         """The config.json that every version of transformers reads: both spellings of the rotary fields and of the dtype."""
+        fields, rope = ({theirs: getattr(self, ours) for theirs, ours in names.items()} for names in (CONFIG_NAMES, ROPE_NAMES))
         dtype_name = str(dtype).removeprefix("torch.")
-        return {
-            "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox",
-            "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads, "intermediate_size": self.intermediate_size,
-            "max_position_embeddings": self.max_positions, "hidden_act": "gelu", "layer_norm_eps": self.layer_norm_eps,
-            "rotary_pct": self.rotary_pct, "rotary_emb_base": self.rotary_base,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rotary_base, "partial_rotary_factor": self.rotary_pct},
-            "use_parallel_residual": self.parallel_residual, "tie_word_embeddings": self.tie_embeddings,
-            "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": dtype_name, "dtype": dtype_name,
-        }
+        return {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", **fields, "hidden_act": "gelu",
+                "rope_parameters": {"rope_type": "default", **rope}, "bos_token_id": 0, "eos_token_id": 0,
+                "torch_dtype": dtype_name, "dtype": dtype_name}
+
+
+# Names in config.json -> ours; those of "rope_parameters", where transformers keeps the rotary fields from version 5 on.
+CONFIG_NAMES = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_hidden_layers": "num_layers",
+                "num_attention_heads": "num_heads", "intermediate_size": "intermediate_size", "max_position_embeddings": "max_positions",
+                "rotary_pct": "rotary_pct", "rotary_emb_base": "rotary_base", "layer_norm_eps": "layer_norm_eps",
+                "use_parallel_residual": "parallel_residual", "tie_word_embeddings": "tie_embeddings"}
+ROPE_NAMES = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_base"}
 
 
 # -------------------------------------------------------------------------------------------------------------------- model
@@ -159,7 +157,7 @@ class Rotary:
     def __init__(self, cfg: PythiaConfig, num_positions: int, device: torch.device, dtype: torch.dtype):
         # In float32 whatever the model's dtype: old checkpoints hold a float16 copy of inv_freq that is too coarse.
         exponent = torch.arange(0, cfg.rotary_dims, 2, device=device, dtype=torch.float32) / cfg.rotary_dims
-        angle_TK = torch.outer(torch.arange(num_positions, device=device, dtype=torch.float32), cfg.rotary_base ** -exponent)
+        angle_TK = torch.outer(torch.arange(num_positions, device=device, dtype=torch.float32), float(cfg.rotary_base) ** -exponent)
         self.dims = cfg.rotary_dims
         self.cos_TK = angle_TK.cos().to(dtype)       # K here: half of the rotated dimensions
         self.sin_TK = angle_TK.sin().to(dtype)
@@ -176,9 +174,8 @@ class KVCache:
     """Keys and values of all past tokens, allocated once for the final length: key_LBHSK and value_LBHSK, L layers."""
 
     def __init__(self, cfg: PythiaConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype):
-        shape = (cfg.num_layers, batch, cfg.num_heads, max_tokens, cfg.head_size)
-        self.key_LBHSK = torch.empty(shape, device=device, dtype=dtype)
-        self.value_LBHSK = torch.empty(shape, device=device, dtype=dtype)
+        shape = (2, cfg.num_layers, batch, cfg.num_heads, max_tokens, cfg.head_size)
+        self.key_LBHSK, self.value_LBHSK = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0                              # tokens held; moved on by Pythia once all layers have appended
 
     def append(self, layer: int, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,8 +246,7 @@ class Block(nn.Module):
         self.attention = Attention(cfg, layer)
         self.mlp = MLP(cfg)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, attend_BHTS: Tensor | None,
-                cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, attend_BHTS: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """-> the residual stream after the block, the MLP's output m_BTD, the MLP's neurons_BTM."""
         h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD), rotary, attend_BHTS, cache)
         mlp_BTD, neurons_BTM = self.mlp(self.post_attention_layernorm(x_BTD if self.parallel else h_BTD))
@@ -358,18 +354,15 @@ class Pythia(nn.Module):
         if mask_BT is not None and not mask_BT[:, -1].all():
             raise ValueError("generate needs left-padded prompts: the last column of the mask must be all 1")
         total = T + max_new_tokens
-        device, dtype = self.device, self.dtype
-        uniform_BR = 1 - torch.rand(B, max_new_tokens, generator=generator, device=generator.device if generator else "cpu")
-        uniform_BR = uniform_BR.to(device)
-        tokens_BT = torch.cat([prompt_BT, prompt_BT.new_zeros(B, max_new_tokens)], dim=1)
-        if mask_BT is not None:
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(B, max_new_tokens)], dim=1)
-        cache, rotary = KVCache(self.cfg, B, total, device, dtype), Rotary(self.cfg, total, device, dtype)
+        uniform_BR = 1 - torch.rand(B, max_new_tokens, generator=generator, device=generator.device if generator else "cpu").to(self.device)
+        tokens_BT = F.pad(prompt_BT, (0, max_new_tokens))
+        mask_BT = None if mask_BT is None else F.pad(mask_BT, (0, max_new_tokens), value=1)
+        cache, rotary = KVCache(self.cfg, B, total, self.device, self.dtype), Rotary(self.cfg, total, self.device, self.dtype)
         for step in range(T, total):
             new = slice(cache.length, step)          # the whole prompt at first, then one token at a time
             x_BTD = self.gpt_neox.embed_in(tokens_BT[:, new])
             past_mask = None if mask_BT is None else mask_BT[:, :step]
-            x_BTD, _, _ = self._run(x_BTD, range(self.cfg.num_layers), past_mask, edits, cache, rotary)
+            x_BTD = self._run(x_BTD, range(self.cfg.num_layers), past_mask, edits, cache, rotary)[0]
             logits_BV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1]))
             tokens_BT[:, step] = sample(logits_BV, temperature, uniform_BR[:, step - T])
         return tokens_BT
@@ -379,10 +372,8 @@ class Pythia(nn.Module):
     def initialize(self, generator: torch.Generator) -> "Pythia":
         """Fresh weights: N(0, 0.02²), the two projections into the residual stream smaller by √(2 · layers) (GPT-2), biases 0."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "layernorm" in name or "layer_norm" in name:
-                nn.init.ones_(parameter)
+            if parameter.ndim == 1:                  # a bias, or the weight of a layer norm
+                nn.init.constant_(parameter, name.endswith("weight"))
             else:
                 into_residual = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
                 std = 0.02 / math.sqrt(2 * self.cfg.num_layers) if into_residual else 0.02
@@ -400,9 +391,9 @@ class Pythia(nn.Module):
         path = files.need("config.json")
         config = cls.read_config(read_json(path), path)
         with torch.device("meta"):                   # no memory yet: the loaded tensors become the parameters
-            model = cls(PythiaConfig.from_json(config, path))
+            model = cls(PythiaConfig.from_json(config, path)).requires_grad_(False).eval()
         load_strictly(model, cls.rename(read_weights(files), config), files, dtype, device)
-        return model.requires_grad_(False).eval()
+        return model
 
     @staticmethod
     def read_config(config: dict, source: object) -> dict:
@@ -416,13 +407,11 @@ class Pythia(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which transformers loads too."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict()
         if self.cfg.tie_embeddings:
             del weights["embed_out.weight"]
-        write_safetensors(folder / "model.safetensors", weights)
-        write_json(folder / "config.json", self.cfg.to_json(self.dtype))
+        write_safetensors(Path(folder) / "model.safetensors", weights)
+        write_json(Path(folder) / "config.json", self.cfg.to_json(self.dtype))
 
 
 def attention_mask(mask_BT: Tensor | None, num_queries: int) -> Tensor | None:
@@ -433,10 +422,9 @@ def attention_mask(mask_BT: Tensor | None, num_queries: int) -> Tensor | None:
     """
     if mask_BT is None:
         return None
-    S = mask_BT.shape[1]
-    query_T, key_S = torch.arange(S - num_queries, S, device=mask_BT.device), torch.arange(S, device=mask_BT.device)
-    causal_TS, self_TS = key_S <= query_T[:, None], key_S == query_T[:, None]
-    return ((mask_BT.bool()[:, None, :] & causal_TS) | self_TS)[:, None]
+    key_S = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    query_T1 = key_S[-num_queries:, None]
+    return ((mask_BT.bool()[:, None] & (key_S <= query_T1)) | (key_S == query_T1))[:, None]
 
 
 def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
@@ -465,35 +453,25 @@ class Tokenizer:
     GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
     def __init__(self, config: dict, source: object = "tokenizer.json"):
-        try:
-            model, added = config["model"], {token["content"]: token for token in config["added_tokens"]}
-            byte_of = bytes_of_characters()
+        with reading(source, "not a byte-level BPE tokenizer.json"):
+            model, pre_tokenizer, normalizer = config["model"], config["pre_tokenizer"] or {}, config["normalizer"] or {}
+            if not (model["type"] == "BPE" and pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer.get("add_prefix_space")
+                    and normalizer.get("type", "NFC") == "NFC"):
+                raise ValueError("only byte-level BPE without a prefix space, with NFC or no normalisation, is supported")
+            added, byte_of = {token["content"]: token for token in config["added_tokens"]}, bytes_of_characters()
             ranks = {bytes(byte_of[c] for c in token): rank for token, rank in model["vocab"].items() if token not in added}
-            ids = {content: token["id"] for content, token in added.items()}
-            special = [content for content, token in added.items() if token["special"]]
-            pre_tokenizer, normalizer = config["pre_tokenizer"] or {}, config["normalizer"] or {}
-            supported = (model["type"] == "BPE" and pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer.get("add_prefix_space")
-                         and normalizer.get("type", "NFC") == "NFC")
-            all_ids = [*ranks.values(), *ids.values()]
+            self.added_ids = {content: token["id"] for content, token in added.items()}
+            all_ids = [*ranks.values(), *self.added_ids.values()]
             if not all(type(i) is int and 0 <= i < 2 ** 24 for i in all_ids) or len(set(all_ids)) < len(all_ids):
                 raise ValueError("ids must be whole numbers below 2 ** 24, each given once")
-            if not UTF8_BYTES <= ranks.keys() or "" in added:
-                raise ValueError("some byte of UTF-8 is no token, or an added token is empty")
-            self.encoding = tiktoken.Encoding(str(source), pat_str=self.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=ids)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{source}: not a byte-level BPE tokenizer.json: {error!r}") from None
-        if not supported:
-            raise UserError(f"{source}: only byte-level BPE without a prefix space, with NFC or no normalisation, is supported")
-        self.config = config
-        self.nfc = bool(normalizer)
-        self.added_ids = ids
-        self.known_ids = set(all_ids)
-        self.vocab_size = max(self.known_ids) + 1
-        self.special_pattern = any_of(special)
-        self.added_pattern = any_of([content for content in added if content not in special])
-        if END_OF_TEXT not in ids:
-            raise UserError(f"{source}: has no {END_OF_TEXT} token, which separates documents here")
-        self.end_of_text = ids[END_OF_TEXT]
+            if not UTF8_BYTES <= ranks.keys() or "" in added or END_OF_TEXT not in added:
+                raise ValueError(f"every byte of UTF-8 and {END_OF_TEXT} must be tokens, and no added token may be empty")
+            self.special_pattern = any_of([content for content, token in added.items() if token["special"]])
+            self.added_pattern = any_of([content for content, token in added.items() if not token["special"]])
+            self.encoding = tiktoken.Encoding(str(source), pat_str=self.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.added_ids)
+        self.config, self.nfc, self.known_ids = config, bool(normalizer), set(all_ids)
+        self.vocab_size = max(all_ids) + 1
+        self.end_of_text = self.added_ids[END_OF_TEXT]
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, revision: str = "main") -> "Tokenizer":
@@ -534,18 +512,15 @@ def bytes_of_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def any_of(contents: list[str]) -> re.Pattern | None:
-    """A pattern that finds the leftmost and there the longest of `contents`."""
-    return re.compile("|".join(re.escape(c) for c in sorted(contents, key=len, reverse=True))) if contents else None
+def any_of(contents: list[str]) -> re.Pattern:
+    """A pattern that finds the leftmost and there the longest of `contents`; nothing where there are none."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(contents, key=len, reverse=True))) or '(?!)'})")
 
 
-def split_at(pattern: re.Pattern | None, text: str) -> Iterator[tuple[str, str]]:
+def split_at(pattern: re.Pattern, text: str) -> Iterator[tuple[str, str]]:
     """-> (text before a match, the match) pairs; the last match is empty."""
-    start = 0
-    for match in pattern.finditer(text) if pattern else ():
-        yield text[start:match.start()], match.group()
-        start = match.end()
-    yield text[start:], ""
+    parts = [*pattern.split(text), ""]
+    return zip(parts[::2], parts[1::2])
 
 
 def pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -576,11 +551,10 @@ def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     Format: 8 bytes of header length, little endian; a JSON header {name: {dtype, shape, data_offsets}}; the data.
     UserError where the file is truncated, or its header is not exactly that.
     """
-    path = Path(path)
-    try:
+    with reading(path, "not a whole safetensors file, get it again"):
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            start = 8 + struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
+            start = 8 + int.from_bytes(file.read(8), "little")
             if start > min(size, MAX_HEADER):
                 raise ValueError(f"the header does not end within the file ({size} bytes)")
             header = json.loads(file.read(start - 8).decode(), object_pairs_hook=each_once)
@@ -589,23 +563,15 @@ def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         header.pop("__metadata__", None)
         tensors, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, stop = entry["data_offsets"]
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            if any(type(n) is not int for n in (*shape, begin, stop)) or len(shape) > 8:
-                raise ValueError(f"tensor {name!r} has shape or offsets that are none")
-            if any(not 0 <= n <= len(data) for n in shape) or begin != end:
-                raise ValueError(f"tensor {name!r} has shape {shape} at {begin}, where {end} was next")
-            if stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
-                raise ValueError(f"tensor {name!r} needs bytes {begin} to {stop}, the file has {len(data)}; it may be truncated")
+            (begin, stop), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
+            if len(shape) > 8 or any(type(n) is not int or not 0 <= n <= len(data) for n in (*shape, begin, stop)):
+                raise ValueError(f"tensor {name!r} of shape {shape} at {begin} to {stop} is not within {len(data)} bytes: truncated?")
+            if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name!r} of shape {shape} has bytes {begin} to {stop}, where {end} was next")
             flat = torch.frombuffer(data[begin:stop], dtype=dtype) if stop > begin else torch.empty(0, dtype=dtype)
             tensors[name], end = flat.view(shape), stop
         if end != len(data):
             raise ValueError(f"{len(data) - end} bytes of data belong to no tensor")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:      # RecursionError is a RuntimeError
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise UserError(f"{path}: not a whole safetensors file: {reason[:300]}; get it again") from None
     for name, tensor in tensors.items():
         yield name, tensor
         mapping.madvise(mmap.MADV_DONTNEED)
@@ -618,10 +584,10 @@ def each_once(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors (of any device, contiguous or not) in one file, whole or not at all."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
@@ -630,17 +596,18 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     encoded += b" " * (-len(encoded) % 8)            # so that the data begin at a multiple of 8
 
     def write(file):
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
             file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     write_whole(path, write)
 
 
 def write_whole(path: str | Path, write: Callable) -> None:
-    """Call `write(binary file)` on a temporary file beside `path` and rename it, so that `path` is never half written."""
+    """Call `write(binary file)` on a temporary file beside `path` and rename it, so that `path` is never half written; makes its folder."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -680,12 +647,8 @@ def load_state(path: str | Path, mmap: bool = False) -> dict:
 
 def read_json(path: str | Path) -> object:
     """Read a JSON file; UserError where it is missing or malformed."""
-    try:
+    with reading(path, "not readable as JSON"):
         return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -711,13 +674,11 @@ def read_weights(files: "CheckpointFiles") -> Iterator[tuple[str, Tensor]]:
     pickles may hold nothing but tensors. An index is trusted, a lone shard without one is not: repositories exist that hold a partial
     safetensors shard beside complete .bin files."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = files.find(whole + ".index.json")
-        if index:
-            table = read_json(index)
-            table = table.get("weight_map") if isinstance(table, dict) else None
-            if not isinstance(table, dict) or not all(isinstance(n, str) and re.fullmatch(r"\w[\w.-]*", n) for n in table.values()):
-                raise UserError(f"{index}: has no weight_map of plain file names")
-            shards = sorted(set(table.values()))
+        if index := files.find(whole + ".index.json"):
+            with reading(index, "has no weight_map of plain file names"):
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+                if any(not re.fullmatch(r"\w[\w.-]*", name) for name in shards):
+                    raise ValueError(f"it names {shards}")
         elif files.find(whole):
             shards = [whole]
         else:
@@ -737,32 +698,20 @@ def read_weights(files: "CheckpointFiles") -> Iterator[tuple[str, Tensor]]:
 
 def load_strictly(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], source: object, dtype: torch.dtype | None,
                   device: str | torch.device) -> None:
-    """Give a model made on the meta device its parameters, one by one; UserError names what is missing, unknown or misshapen."""
-    wanted = dict(model.named_parameters())          # a tied embed_out counts once, under embed_in's name
-    ignored = {name for name in model.state_dict() if name not in wanted}
-    seen, unknown = set(), []
+    """Give a model made on the meta device its parameters, copied one by one; UserError names what is missing, unknown or misshapen."""
+    wanted, state = model.state_dict(), {}
     for name, tensor in tensors:
-        if name in wanted:
-            if tensor.shape != wanted[name].shape:
-                raise UserError(f"{source}: {name!r} has shape {tuple(tensor.shape)}, the config wants {tuple(wanted[name].shape)}")
-            set_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True))
-            seen.add(name)
-        elif name not in ignored and not name.endswith(BUFFERS):
-            unknown.append(name)
+        if name in wanted and tensor.shape != wanted[name].shape:
+            raise UserError(f"{source}: {name!r} has shape {tuple(tensor.shape)}, the config wants {tuple(wanted[name].shape)}")
+        if not name.endswith(BUFFERS):
+            state[name] = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False)
+    if model.cfg.tie_embeddings and "embed_out.weight" in wanted:
+        state["embed_out.weight"] = state.get("gpt_neox.embed_in.weight")
     problems = [f"{problem} {len(names)} tensor(s): {', '.join(map(repr, names[:5]))}{', …' if names[5:] else ''}"
-                for problem, names in (("lacks", sorted(set(wanted) - seen)), ("has unknown", sorted(unknown))) if names]
+                for problem, names in (("lacks", sorted(wanted.keys() - state)), ("has unknown", sorted(state.keys() - wanted))) if names]
     if problems:
         raise UserError(f"{source}: " + "; ".join(problems))
-
-
-def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace the parameter `name`, in every place that shares it (tied embeddings)."""
-    old = model.get_parameter(name)
-    parameter = nn.Parameter(value, requires_grad=False)
-    for module in model.modules():
-        for key, candidate in module.named_parameters(recurse=False):
-            if candidate is old:
-                setattr(module, key, parameter)
+    model.load_state_dict(state, assign=True)        # the parameters themselves: a tied one stays one
 
 
 # ------------------------------------------------------------------------------------------------------------------ the hub
@@ -793,10 +742,9 @@ class CheckpointFiles:
 
     def need(self, name: str) -> Path:
         """-> the path of a file that must be there."""
-        path = self.find(name)
-        if path is None:
-            raise UserError(f"{self}: has no {name}")
-        return path
+        if path := self.find(name):
+            return path
+        raise UserError(f"{self}: has no {name}")
 
 
 def hub_file(repo: str, revision: str, name: str) -> Path | None:
@@ -813,80 +761,65 @@ def hub_file(repo: str, revision: str, name: str) -> Path | None:
         return path
     if (root / ".no_exist" / commit / name).is_file():
         return None
+    what, endpoint = f"{name} of {repo} ({revision})", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{name} of {repo} ({revision}) is not at {path} and HF_HUB_OFFLINE is set: unset it, or fetch the file on a machine "
-                        f"with a network and copy {root}")
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repo}/resolve/{urllib.parse.quote(revision, safe='')}/{name}"
-    with hub_request(url, f"{name} of {repo} ({revision})", "HEAD") as response:
-        headers = response.headers
-    if response.status == 404:
-        if headers.get("X-Error-Code") != "EntryNotFound":
-            raise UserError(f"{repo} ({revision}) is not a repository of {url.split('/' + repo)[0]}, or needs a token (HF_TOKEN)")
-        commit = headers.get("X-Repo-Commit", "")
-        if re.fullmatch(r"[0-9a-f]{40}", commit):    # huggingface_hub marks an absent file so: no later call need ask again
-            marker = root / ".no_exist" / commit / name
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-            remember(ref, commit, revision)
-        return None
+        raise UserError(f"{what} is not at {path} and HF_HUB_OFFLINE is set: unset it, or fetch the file on a machine with a network "
+                        f"and copy {root}")
+    url = f"{endpoint}/{repo}/resolve/{urllib.parse.quote(revision, safe='')}/{name}"
+    with hub_request(url, what, "HEAD") as response:
+        headers, absent = response.headers, response.status == 404
+    if absent and headers.get("X-Error-Code") != "EntryNotFound":
+        raise UserError(f"{repo} ({revision}) is not a repository of {endpoint}, or needs a token (HF_TOKEN)")
     commit = headers.get("X-Repo-Commit", revision)
-    etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
-    size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or -1)
-    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not re.fullmatch(r"[\w-]{8,128}", etag) or size < 0:
-        raise UserError(f"{url}: the server announces no commit, etag and size; is HF_ENDPOINT a Hugging Face hub?")
-    blob, path = root / "blobs" / etag, root / "snapshots" / commit / name
-    if not blob.is_file():
-        download(url, f"{name} of {repo} ({revision})", blob, size, etag)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        path.unlink(missing_ok=True)                 # a link whose blob is gone
-        path.symlink_to(os.path.relpath(blob, path.parent))
-    remember(ref, commit, revision)
-    return path
-
-
-def remember(ref: Path, commit: str, revision: str) -> None:
-    """Note which commit a branch or tag is."""
-    if commit != revision:
-        ref.parent.mkdir(parents=True, exist_ok=True)
+    known = re.fullmatch("[0-9a-f]{40}", commit)
+    if absent:
+        path = None
+        if known:                                    # huggingface_hub marks an absent file so: no later call need ask again
+            write_whole(root / ".no_exist" / commit / name, lambda file: None)
+    else:
+        etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
+        size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+        if not (known and re.fullmatch(r"[\w-]{8,128}", etag) and size.isdecimal()):
+            raise UserError(f"{url}: the server announces no commit, etag and size; is HF_ENDPOINT a Hugging Face hub?")
+        blob, path = root / "blobs" / etag, root / "snapshots" / commit / name
+        if not blob.is_file():
+            download(url, what, blob, int(size), etag)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)             # a link whose blob is gone
+            path.symlink_to(os.path.relpath(blob, path.parent))
+    if known and commit != revision:
         write_whole(ref, lambda file: file.write(commit.encode()))
+    return path
 
 
 class SameHostRedirects(urllib.request.HTTPRedirectHandler):
     """Follow redirects; the token goes with them only to the host it was meant for. A HEAD request stays on its host: the answer that
     points elsewhere is the one whose headers tell commit, size and hash."""
 
-    def redirect_request(self, request, file, code, message, headers, url):
-        same_host = urllib.parse.urlsplit(url)[:2] == urllib.parse.urlsplit(request.full_url)[:2]
-        if request.get_method() == "HEAD" and not same_host:
+    def redirect_request(self, request, *answer):
+        new = super().redirect_request(request, *answer)         # has the request's headers, but not the unredirected ones
+        if (new.type, new.host) == (request.type, request.host):
+            new.unredirected_hdrs = request.unredirected_hdrs
+        elif request.method == "HEAD":
             return None
-        new = super().redirect_request(request, file, code, message, headers, url)
-        new.method = request.get_method()
-        for header in ("Authorization", "Range"):
-            value = request.unredirected_hdrs.get(header)
-            if value and (same_host or header == "Range"):
-                new.add_unredirected_header(header, value)
+        new.method = request.method
         return new
 
 
 def hub_request(url: str, what: str, method: str = "GET", start: int = 0):
-    """-> the server's answer, 404 and redirects included; UserError where it cannot be reached or refuses."""
+    """-> the server's answer, to HEAD also a 404 or a redirect to another host; UserError where it cannot be reached or refuses."""
     try:
-        request = urllib.request.Request(url, method=method)
-    except ValueError:
-        raise UserError(f"{what}: {url} is no address; HF_ENDPOINT must begin with https://") from None
-    if os.environ.get("HF_TOKEN"):
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
-    if start:
-        request.add_unredirected_header("Range", f"bytes={start}-")
-    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {}, method=method)
+        if token := os.environ.get("HF_TOKEN", "").strip():
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         return urllib.request.build_opener(SameHostRedirects).open(request, timeout=30)
     except urllib.error.HTTPError as answer:
-        if answer.code in (301, 302, 303, 307, 308, 404, 416):
+        if method == "HEAD" and answer.code in (301, 302, 303, 307, 308, 404):
             return answer
-        raise UserError(f"{what}: {url} answered {answer.code} {answer.reason}"
-                        + ("; is HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else "")) from None
-    except (OSError, http.client.HTTPException) as error:
+        hint = "; is HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else ""
+        raise UserError(f"{what}: {url} answered {answer.code} {answer.reason}{hint}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:          # ValueError: an HF_ENDPOINT that is no address
         raise UserError(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
 
 
@@ -906,26 +839,20 @@ def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
     part = blob.with_name(blob.name + ".incomplete")
     part.touch()                                     # an empty file needs no request
     for _ in range(5):                               # a cut connection is taken up again
-        have = part.stat().st_size if part.exists() else 0
-        if have >= size:
+        if (have := part.stat().st_size) >= size:
             break
-        with hub_request(url, what, start=have) as response, open(part, "ab") as file:
-            if response.status not in (200, 206):
-                raise UserError(f"{what}: {url} answered {response.status} to the download")
-            if response.status == 200:               # the server ignores Range
-                file.truncate(0)
-                have = 0
-            with tqdm(total=size, initial=have, desc=what, unit="B", unit_scale=True) as bar:
-                while chunk := received(response):
-                    bar.update(file.write(chunk))
+        with (hub_request(url, what, start=have) as response,
+              open(part, "ab" if response.status == 206 else "wb") as file,    # else the server ignores Range
+              tqdm(total=size, initial=file.tell(), desc=what, unit="B", unit_scale=True) as bar):
+            while chunk := received(response):
+                bar.update(file.write(chunk))
     have = part.stat().st_size
     if have < size:
         raise UserError(f"{what}: the connection broke off at {have} of {size} bytes; run again to go on from there")
-    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(f"blob {size}\0".encode())
+    begun = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(f"blob {size}\0".encode())
     with open(part, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if have != size or (len(etag) in (40, 64) and digest.hexdigest() != etag):
+        digest = hashlib.file_digest(file, lambda: begun).hexdigest()
+    if have != size or (len(etag) in (40, 64) and digest != etag):
         part.unlink()
         raise UserError(f"{what}: what was downloaded has not the announced size and hash; it was removed, try again")
     os.replace(part, blob)

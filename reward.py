@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import (END_OF_TEXT, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, mixed_precision, read_rows, write_json,
-                    write_safetensors)
+from pythia import (END_OF_TEXT, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, mixed_precision, read_rows,
+                    reading, write_json, write_safetensors)
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 
@@ -63,17 +63,14 @@ def load_preferences(path: str | Path) -> tuple[list[Preference], int]:
     """
     rows, pairs = read_rows(path), []
     for number, row in enumerate(rows, start=1):
-        if not all(isinstance(row.get(key, ""), str) for key in ("prompt", "chosen", "rejected")) or not {"chosen", "rejected"} <= set(row):
+        prompt, chosen, rejected = row.get("prompt", ""), row.get("chosen"), row.get("rejected")
+        if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
             raise UserError(f'{path}: row {number} needs the strings "chosen" and "rejected" (and may have "prompt")')
-        if "prompt" in row:
-            pair = Preference(row["prompt"], row["chosen"], row["rejected"])
-        else:
-            (prompt, chosen), (other, rejected) = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
-            if prompt != other:
-                continue
-            pair = Preference(prompt, chosen, rejected)
-        if pair.chosen.strip() and pair.rejected.strip():
-            pairs.append(pair)
+        other = prompt
+        if "prompt" not in row:
+            (prompt, chosen), (other, rejected) = split_dialogue(chosen), split_dialogue(rejected)
+        if prompt == other and chosen.strip() and rejected.strip():
+            pairs.append(Preference(prompt, chosen, rejected))
     if not pairs:
         raise UserError(f"{path}: no usable preference pair in {len(rows)} rows")
     return pairs, len(rows) - len(pairs)
@@ -90,14 +87,13 @@ def pairs_from_labels(rows: list[dict], half: int, generator: torch.Generator) -
 
     half 1 and 2 are disjoint halves of the labelled rows (alternate ones of each label), 0 is all of them.
     """
-    texts = {label: [row.get("text") for row in rows if row.get("label") == label] for label in (1, 0)}
-    if not all(texts.values()) or not all(isinstance(text, str) for kept in texts.values() for text in kept):
+    texts = [[row.get("text") for row in rows if row.get("label") == label] for label in (1, 0)]
+    if not all(texts) or not all(isinstance(text, str) for text in texts[0] + texts[1]):
         raise UserError('labelled texts need rows {"text": …, "label": 1} and {"text": …, "label": 0}, some of each')
     if half:
-        texts = {label: kept[half - 1::2] for label, kept in texts.items()}
-    number = min(map(len, texts.values()))
-    order = {label: torch.randperm(len(kept), generator=generator)[:number].tolist() for label, kept in texts.items()}
-    return [Preference("", texts[1][i], texts[0][j]) for i, j in zip(order[1], order[0])]
+        texts = [kept[half - 1::2] for kept in texts]
+    positive, negative = ([kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()] for kept in texts)
+    return [Preference("", chosen, rejected) for chosen, rejected in zip(positive, negative)]
 
 
 def encode_pairs(pairs: list[Preference], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
@@ -129,19 +125,16 @@ class RewardModel(Pythia):
     def score(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """-> scores_B in float32. The last real token is found from the mask, not from a padding id: where padding and
         end-of-text share an id, looking for the id finds the wrong place."""
+        last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).long().argmax(1)
         hidden_BTD = self.hidden(tokens_BT, mask_BT)
-        T = mask_BT.shape[1]
-        last_B = T - 1 - mask_BT.flip(1).long().argmax(1)
-        hidden_BD = hidden_BTD[torch.arange(len(tokens_BT), device=self.device), last_B]
-        return self.head_scores(hidden_BD)
+        return self.head_scores(hidden_BTD[torch.arange(len(last_B), device=self.device), last_B])
+
+    forward = score
 
     def head_scores(self, hidden: Tensor) -> Tensor:
         """hidden (…, D) -> scores (…). By hand and in float32: under autocast a Linear would round scores to bfloat16, too coarse for
         their differences."""
         return (hidden.float() * self.head.weight.float()[0]).sum(-1) + self.head.bias.float()
-
-    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        return self.score(tokens_BT, mask_BT)
 
     def prefixes(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Tensor:
         """-> scores of the text without the last R tokens, with one of them, … with all, (B, R + 1), from one pass: causal attention
@@ -153,12 +146,10 @@ class RewardModel(Pythia):
         """A trainable reward model on a language model's weights; head ~ N(0, 1/(D + 1)) (Ziegler et al. 2019), bias 0."""
         with torch.device("meta"):
             reward = cls(model.cfg)
-        reward.gpt_neox = model.gpt_neox
-        reward.head = nn.Linear(model.cfg.hidden_size, 1, device=model.device)
+        reward.gpt_neox, reward.head = model.gpt_neox, nn.Linear(model.cfg.hidden_size, 1, device=model.device).requires_grad_(False)
         std = 1 / math.sqrt(model.cfg.hidden_size + 1)
-        with torch.no_grad():
-            reward.head.weight.copy_(torch.randn(1, model.cfg.hidden_size, generator=generator) * std)
-            reward.head.bias.zero_()
+        reward.head.weight.copy_(torch.randn(1, model.cfg.hidden_size, generator=generator) * std)
+        reward.head.bias.zero_()
         reward.requires_grad_(True)
         reward.head.bias.requires_grad_(False)       # preferences see differences of scores only
         return reward
@@ -166,13 +157,12 @@ class RewardModel(Pythia):
     @staticmethod
     def read_config(config: dict, source: object) -> dict:
         """-> the GPT-NeoX config.json within that of the reward models that `rename` knows."""
-        if not isinstance(config, dict):
-            return config
-        if config.get("pooling", "last") != "last":
-            raise UserError(f"{source}: pooling {config['pooling']!r} is not supported, only 'last'")
-        if isinstance(base := config.get("base_config"), dict):                  # ScalarModel: subtracts `bias` from its head's score
-            return base | {"bias": config.get("bias", 0.0)}
-        return config | {"model_type": "gpt_neox"} if config.get("model_type") == "gpt_neox_reward_model" else config
+        with reading(source, "missing or malformed field"):
+            if config.get("pooling", "last") != "last":
+                raise UserError(f"{source}: pooling {config['pooling']!r} is not supported, only 'last'")
+            if "base_config" in config:              # ScalarModel: subtracts `bias` from its head's score
+                return config["base_config"] | {"bias": float(config.get("bias", 0.0))}
+            return config | {"model_type": "gpt_neox"} if config.get("model_type") == "gpt_neox_reward_model" else config
 
     @staticmethod
     def rename(tensors: Iterator[tuple[str, Tensor]], config: dict) -> Iterator[tuple[str, Tensor]]:
@@ -184,20 +174,18 @@ class RewardModel(Pythia):
             if name == "score.weight":
                 yield "head.bias", tensor.new_zeros(1)
             elif module == "scalar_head" and kind == "bias":
-                tensor = tensor - float(config.get("bias", 0.0))
+                tensor = tensor - config.get("bias", 0.0)
             if module in ("score", "out_proj", "scalar_head"):
                 name = f"head.{kind}"
             yield re.sub("^lm_backbone", "gpt_neox", name), tensor
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors of a GPTNeoXForSequenceClassification."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict()
         weights["score.weight"] = weights.pop("head.weight")
         del weights["head.bias"]                     # 0: that class has none
-        write_safetensors(folder / "model.safetensors", weights)
-        write_json(folder / "config.json", self.cfg.to_json(self.dtype) | {
+        write_safetensors(Path(folder) / "model.safetensors", weights)
+        write_json(Path(folder) / "config.json", self.cfg.to_json(self.dtype) | {
             "architectures": ["GPTNeoXForSequenceClassification"], "num_labels": 1, "pad_token_id": 1,
             "id2label": {"0": "score"}, "label2id": {"score": 0}})
 
@@ -282,13 +270,9 @@ def keep_end(ids: list[int], length: int) -> list[int]:
 @torch.no_grad()
 def evaluate_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], batch_size: int = 64) -> dict:
     """-> mean loss and accuracy (share of pairs whose chosen text scores higher) on held-out pairs of ids."""
-    differences = []
-    for i in range(0, len(pairs), batch_size):
-        batch = pairs[i:i + batch_size]
-        chosen_B, rejected_B = (model.score(*pad_right([pair[side] for pair in batch], model.device)) for side in (0, 1))
-        differences.append(chosen_B - rejected_B)
-    difference_B = torch.cat(differences)
-    return {"loss": -F.logsigmoid(difference_B).mean().item(), "accuracy": (difference_B > 0).float().mean().item()}
+    starts = range(0, len(pairs), batch_size)
+    chosen_N, rejected_N = (torch.cat([model.score(*pad_right(texts[i:i + batch_size], model.device)) for i in starts]) for texts in zip(*pairs))
+    return {"loss": preference_loss(chosen_N, rejected_N).item(), "accuracy": (chosen_N > rejected_N).float().mean().item()}
 
 
 # ------------------------------------------------------------------------------------------------- functions of text as reward
@@ -352,5 +336,5 @@ def load_reward(name: str, tokenizer: Tokenizer, dtype: torch.dtype | None = Non
     if name.startswith("avoid:"):
         return TextReward(avoid_words(name.removeprefix("avoid:")), tokenizer)
     model, own = RewardModel.from_pretrained(name, dtype=dtype, device=device), Tokenizer.from_pretrained(name)
-    return model if own.config["model"]["vocab"] == tokenizer.config["model"]["vocab"] and own.added_ids == tokenizer.added_ids \
-        else ThroughText(model, own, tokenizer)
+    same = own.config["model"]["vocab"] == tokenizer.config["model"]["vocab"] and own.added_ids == tokenizer.added_ids
+    return model if same else ThroughText(model, own, tokenizer)
