@@ -42,13 +42,14 @@ class InterpretConfig:
     width: int = 12                      # tokens of context on each side of the one looked at
     logit_tokens: int = 8                # promoted and suppressed tokens a feature
     samples: int = 16                    # held-out prompts shown with the text before and after
-    effect_samples: int = 4              # a held-out prompt, for causal effects; not more than the run's own --rlhf-eval-samples
-    fresh: int = 5                       # features whose effect is checked on samples drawn anew
+    effect_samples: int = 2              # a held-out prompt, to be reweighted for each feature's effect
+    fresh_samples: int = 4               # a held-out prompt, drawn anew for each check; neither is more than the run's --rlhf-eval-samples
+    checks: int = 5                      # features whose effect is also measured on fresh samples
     columns: int = 256                   # features, MLP coordinates and random directions whose explanation scores are averaged
 
     def __post_init__(self):
         for name in vars(self):
-            if getattr(self, name) < (name in ("features", "samples", "effect_samples", "columns")):
+            if getattr(self, name) < (name in ("features", "samples", "effect_samples", "fresh_samples", "columns")):
                 raise UserError(f"--interpret-{name.replace('_', '-')} {getattr(self, name)} is too small")
 
 
@@ -153,7 +154,8 @@ def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen
     for g, i in ((g, looked_at[g]) for g in columns):
         effect_V, activations_BT = logit_effect(model, sae.W_dec_FD[[i]])[0, :tokenizer.vocab_size], activations_BTG[..., g]
         weight_V = torch.zeros(tokenizer.vocab_size).index_add(0, tokens_BT.flatten().long(), activations_BT.flatten())
-        coef, bias = (learned[name][i].item() if (name := f"{layer}.{kind}_F") in learned else start for kind, start in (("coef", 1.0), ("bias", 0.0)))
+        coef, bias = (learned[name][i].item() if (name := f"{layer}.{kind}_F") in learned else start
+                      for kind, start in (("coef", 1.0), ("bias", 0.0)))
         peak = activations_BT.max().item()
         histogram = torch.histc(activations_BT[activations_BT > 0], 20, 0, peak or 1).int().tolist()
         fires_on = [pair for pair in top_tokens(weight_V / weight_V.sum().clamp(min=1e-9), tokenizer, 5) if pair[1] > 0]
@@ -172,12 +174,11 @@ def explanations(model: Pythia, layer: int, tokens_BT: Tensor, rate_F: Tensor, f
     random_DG = F.normalize(torch.randn(D, columns, generator=generator), dim=0).to(rows_ND.device)
     coordinates = torch.linspace(0, D - 1, min(columns, D)).round().long()
     controls = {"MLP coordinates": rows_ND[:, coordinates], "random directions": rows_ND @ random_DG}
-    scores = {"SAE features": features} | {name: explanation_score(as_sparse_as(values_NG, rate_F), tokens_BT) for name, values_NG in controls.items()}
+    scores = {name: explanation_score(as_sparse_as(values_NG, rate_F), tokens_BT) for name, values_NG in controls.items()}
     means = {}
-    for name, score in scores.items():
+    for name, score in ({"SAE features": features} | scores).items():
         pearson_G, f1_G = (part[~part.isnan()].double() for part in score)
-        means[name] = {"columns": len(pearson_G), "pearson": number(pearson_G.mean().item()), "f1": number(f1_G.mean().item()),
-                       "pearson_se": number((pearson_G.std() / len(pearson_G) ** 0.5).item()), "f1_se": number((f1_G.std() / len(f1_G) ** 0.5).item())}
+        means[name] = {"columns": len(pearson_G), "pearson": mean_se(pearson_G), "f1": mean_se(f1_G)}
     return {"explanations": means, "num_features": len(rate_F)}
 
 
@@ -200,13 +201,13 @@ def paired_samples(tokenizer: Tokenizer, evaluation: Evaluation, after: Evaluate
 
 
 @torch.no_grad()
-def shown_samples(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], before: "Samples", after: "Samples", cards: list[FeatureCard],
+def shown_samples(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], causal: "Causal", cards: list[FeatureCard],
                   cfg: InterpretConfig) -> list[dict]:
     """-> `paired_samples` with each response's tokens and their log(π/π_ref), in nats; fills in where the cards' features fired in them."""
-    shown = paired_samples(tokenizer, before.evaluation, after.sampled)[:cfg.samples]
+    shown = paired_samples(tokenizer, causal.before.evaluation, causal.sampled)[:cfg.samples]
     places: dict[Feature, list[tuple[float, Context]]] = {(card.layer, card.feature): [] for card in cards}
     for n, sample in enumerate(shown):
-        for name, side in (("before", before), ("after", after)):
+        for name, side in (("before", causal.before), ("after", causal.after)):
             rollout = ppo.select(side.rollout, slice(n * side.per_prompt, n * side.per_prompt + 1))
             tokens_T, own_R = rollout.tokens_BT[rollout.mask_BT.bool()], rollout.mask_BR.bool()
             ratios = (rollout.logprobs_BR - rollout.ref_logprobs_BR)[own_R].tolist()
@@ -330,8 +331,10 @@ class Samples:
     ∇J = E Σₜ (S − Vₜ) ∇ log π(token t), which is the estimate above to first order. Scores are in `unit`s.
     """
 
-    def __init__(self, policy: EditPolicy, evaluation: Evaluation, sampled: Evaluated, reference: bool, unit: float):
-        self.policy, self.evaluation, self.sampled, self.per_prompt = policy, evaluation, sampled, evaluation.cfg.eval_samples
+    def __init__(self, policy: EditPolicy, evaluation: Evaluation, sampled: Evaluated, per_prompt: int, unit: float, reference: bool = False):
+        self.policy, self.evaluation, self.per_prompt = policy, evaluation, min(per_prompt, evaluation.cfg.eval_samples)
+        first_B = torch.arange(len(sampled.scores_B), device=sampled.scores_B.device) % evaluation.cfg.eval_samples < self.per_prompt
+        self.sampled = sampled = Evaluated({}, *(part[first_B] for part in sampled[1:]))
         self.rollout = ppo.join([ppo.observe(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], evaluation.cfg)
                                  for rows in ppo.slices(len(sampled.tokens_BT), evaluation.cfg.micro_batch)])
         self.old_BR = self.rollout.ref_logprobs_BR if reference else self.rollout.logprobs_BR
@@ -400,6 +403,7 @@ class Causal(NamedTuple):
     """What each listed feature does to the reward."""
     effects: dict[Feature, dict]         # strongest first
     summary: dict
+    sampled: Evaluated                   # of the policy, on all held-out prompts
     before: Samples
     after: Samples
 
@@ -418,55 +422,59 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     unit, learned = evaluation.reference.scores_B.std().clamp(min=1e-6), {name: p.detach().clone() for name, p in policy.trainable().items()}
     start = {name: torch.full_like(p, policy.start(name)) for name, p in learned.items()}
     sampled = evaluation.samples(policy.model, policy.edits)
-    before, after = Samples(policy, evaluation, evaluation.reference, True, unit), Samples(policy, evaluation, sampled, False, unit)
+    before = Samples(policy, evaluation, evaluation.reference, cfg.effect_samples, unit, reference=True)
+    after = Samples(policy, evaluation, sampled, cfg.effect_samples, unit)
     expected, predicted = (first_order(side.gradient(values), learned, start) for side, values in ((before, start), (after, learned)))
     order = sorted(expected, key=lambda feature: -abs(expected[feature].sum().item()))
     effects, single = {}, {}
     for feature in tqdm(order[:cfg.features], desc="effects"):
         back_B, back_ess = after.change(mixed(learned, start, [feature]))
         alone_B, alone_ess = before.change(mixed(start, learned, [feature]))
-        single[feature] = -back_B
-        effects[feature] = {"set_back": mean_se(evaluation, -back_B) | {"ess": back_ess}, "alone": mean_se(evaluation, alone_B) | {"ess": alone_ess},
-                            "predicted": predicted[feature].mean().item(), "fresh": None}
+        single[feature] = by_prompt(-back_B, after.per_prompt)
+        effects[feature] = {"set_back": mean_se(single[feature]) | {"ess": back_ess}, "predicted": predicted[feature].mean().item(),
+                            "alone": mean_se(by_prompt(alone_B, before.per_prompt)) | {"ess": alone_ess}, "fresh": None}
     effects = dict(sorted(effects.items(), key=lambda item: -abs(item[1]["set_back"]["mean"])))
 
     def fresh(values: dict[str, Tensor]) -> Tensor:
+        """-> each prompt's mean score with these values, in units."""
         with learned_numbers(policy, values):
-            return evaluation.samples(policy.model, policy.edits).scores_B / unit
+            return by_prompt(evaluation.samples(policy.model, policy.edits).scores_B / unit, evaluation.cfg.eval_samples)
 
-    for feature in tqdm(list(effects)[:cfg.fresh], desc="check"):
-        effects[feature]["fresh"] = mean_se(evaluation, after.score_B - fresh(mixed(learned, start, [feature])))
-    summary = agreement(effects, single, predicted, after) | removal(evaluation, effects, single, after, fresh(mixed(learned, start, list(effects))))
+    reference_P, score_P = (by_prompt(side.scores_B / unit, evaluation.cfg.eval_samples) for side in (evaluation.reference, sampled))
+    for feature in tqdm(list(effects)[:cfg.checks], desc="check"):
+        effects[feature]["fresh"] = mean_se(score_P - fresh(mixed(learned, start, [feature])))
+    together_P, sum_P = score_P - fresh(mixed(learned, start, list(effects))), sum(single.values())
     ranked = [*effects, *order[cfg.features:]]
-    summary["kept"] = [{"k": k} | mean_se(evaluation, fresh(mixed(start, learned, ranked[:k])) - before.score_B)
-                       for k in tqdm([2 ** n for n in range(32) if 2 ** n < len(ranked)], desc="share")]
-    summary["kept"].append({"k": len(ranked)} | mean_se(evaluation, after.score_B - before.score_B))
-    return Causal(effects, summary | {"carriers": carriers(summary["kept"]), "moved": len(ranked), "samples": len(before.score_B)}, before, after)
+    kept = [{"k": k} | mean_se(fresh(mixed(start, learned, ranked[:k])) - reference_P)
+            for k in tqdm([2 ** n for n in range(32) if 2 ** n < len(ranked)], desc="share")]
+    kept.append({"k": len(ranked)} | mean_se(score_P - reference_P))
+    return Causal(effects, {
+        "moved": len(ranked), "samples": len(after.score_B), "fresh_samples": len(sampled.scores_B), **agreement(effects, single, predicted),
+        "together": mean_se(together_P), "sum": mean_se(sum_P), "interaction": mean_se(together_P - sum_P),
+        "kept": kept, "carriers": carriers(kept)}, sampled, before, after)
 
 
-def mean_se(evaluation: Evaluation, x_B: Tensor) -> dict[str, float | None]:
-    mean, error = evaluation.mean_and_error(x_B)
-    return {"mean": number(mean), "se": number(error)}
+def by_prompt(x_B: Tensor, per_prompt: int) -> Tensor:
+    """-> mean of each prompt's samples, x_P."""
+    return x_B.double().cpu().view(-1, per_prompt).mean(1)
 
 
-def agreement(effects: dict[Feature, dict], single: dict[Feature, Tensor], predicted: dict[Feature, Tensor], after: Samples) -> dict:
+def mean_se(x_P: Tensor) -> dict[str, float | None]:
+    """-> mean over prompts and its standard error."""
+    return {"mean": number(x_P.mean().item()), "se": number((x_P.std() / len(x_P) ** 0.5).item())}
+
+
+def agreement(effects: dict[Feature, dict], single: dict[Feature, Tensor], predicted: dict[Feature, Tensor]) -> dict:
     """-> Pearson r of predicted with measured effects: on the same samples; and each half of the prompts' prediction with the other
     half's measurement, which shares no noise with it."""
-    half_B = torch.arange(len(after.score_B)) // after.per_prompt % 2
-    measured_G2 = torch.stack([torch.stack([single[f].cpu()[half_B == half].mean() for half in (0, 1)]) for f in effects])
-    predicted_G2 = torch.stack([predicted[f] for f in effects])
-    return {"r": correlation(predicted_G2.mean(1), torch.tensor([effect["set_back"]["mean"] for effect in effects.values()])),
+    predicted_G2 = torch.stack([predicted[feature] for feature in effects])
+    measured_G2 = torch.stack([torch.stack([single[feature][half::2].mean() for half in (0, 1)]) for feature in effects])
+    return {"r": correlation(predicted_G2.mean(1), measured_G2.mean(1)),
             "r_other_prompts": correlation(predicted_G2.flatten(), measured_G2.flip(1).flatten())}
 
 
 def correlation(x_G: Tensor, y_G: Tensor) -> float | None:
-    return number(F.cosine_similarity(x_G.double() - x_G.double().mean(), y_G.double() - y_G.double().mean(), dim=0).item()) if len(x_G) > 2 else None
-
-
-def removal(evaluation: Evaluation, effects: dict[Feature, dict], single: dict[Feature, Tensor], after: Samples, without_B: Tensor) -> dict:
-    """-> what is lost when all listed features are set back together (fresh samples), the sum of the single losses, and the interaction."""
-    together_B, sum_B = (after.score_B - without_B).double(), sum(single.values())
-    return {"together": mean_se(evaluation, together_B), "sum": mean_se(evaluation, sum_B), "interaction": mean_se(evaluation, together_B - sum_B)}
+    return number(F.cosine_similarity(x_G - x_G.mean(), y_G - y_G.mean(), dim=0).item()) if len(x_G) > 2 else None
 
 
 def carriers(kept: list[dict], share: float = 0.9) -> float | None:
@@ -568,7 +576,7 @@ def describe(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], texts: d
         cards.sort(key=lambda card: order.index((card.layer, card.feature)))
     for card in cards:
         card.effect = effects.get((card.layer, card.feature))
-    samples = shown_samples(model, tokenizer, saes, causal.before, causal.after, cards, cfg) if causal else []
+    samples = shown_samples(model, tokenizer, saes, causal, cards, cfg) if causal else []
     return {"features": [asdict(card) for card in cards], "saes": about, "samples": samples, "causal": causal and causal.summary}
 
 

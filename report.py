@@ -189,17 +189,18 @@ def causal_html(report: dict) -> str:
     """What the listed features do to the reward, one by one and together; predicted and measured effects."""
     causal, listed = report["causal"], [card for card in report["features"] if card["effect"]]
     gain = causal["kept"][-1]
-    share = f", {100 * causal['together']['mean'] / gain['mean']:.0f} % of the gain of {pm(gain)} on these samples" if gain["mean"] else ""
+    share = f", {100 * causal['together']['mean'] / gain['mean']:.0f} % of the gain of {pm(gain)}" if gain["mean"] else ""
     fresh = [[link(card), pm(card["effect"]["fresh"]), pm(card["effect"]["set_back"]), show(card["effect"]["predicted"])]
-             for card in listed if card["effect"]["fresh"]]
+             for card in listed[:SECTIONS] if card["effect"]["fresh"]]
     return (
-        f"<p>Effects on the mean score, in standard deviations of the reference's scores, on {causal['samples']} samples of held-out prompts, "
-        "± standard error over prompts. <b>Set back</b>: what the policy loses when this feature alone goes back to its start, by importance "
-        "weighting of the policy's samples with a control variate for each token (not self-normalised). <b>Alone</b>: what the reference gains "
+        f"<p>Effects on the mean score, in standard deviations of the reference's scores, ± standard error over held-out prompts. "
+        f"<b>Set back</b>: what the policy loses when this feature alone goes back to its start, by importance weighting of {causal['samples']} of "
+        "the policy's samples with a control variate for each token (not self-normalised). <b>Alone</b>: what the reference gains "
         "when this feature alone moves, by weighting of the reference's samples. <b>ESS</b>: the effective number of samples. <b>Predicted</b>: "
         "set back to first order, gradient × move.</p>"
-        f"<p>Setting all {len(listed)} listed features back together loses {pm(causal['together'])} (fresh samples){share}. Their single losses add "
-        f"up to {pm(causal['sum'])}; the rest, {pm(causal['interaction'])}, is interaction. Predicted and measured effects correlate with "
+        f"<p>Setting all {len(listed)} listed features back together loses {pm(causal['together'])}{share} ({causal['fresh_samples']} fresh "
+        f"samples). Their single losses add up to {pm(causal['sum'])}; the rest, {pm(causal['interaction'])}, is interaction. Predicted and measured "
+        f"effects correlate with "
         f"<b>r = {show(causal['r'], '.2f')}</b> on the same samples, and {show(causal['r_other_prompts'], '.2f')} where the two come from different "
         "prompts and share no noise.</p><div class=pair>"
         + image(report, "effects", f"Measured against predicted effect of each listed feature, r = {show(causal['r'], '.2f')}; the line is y = x.")
@@ -230,7 +231,7 @@ def features_html(report: dict) -> str:
             pairs = [[(e["mean"], pm(e)), (e["ess"], show(e["ess"], ".0f"))] if e else [(None, "–")] * 2 for e in (back, alone)]
             row += [*pairs[0], (predicted, show(predicted)), *pairs[1]]
         rows.append(row)
-    about = causal_html(report) if causal else "<p>The features that the text at hand explains best, of those that were scored; no RLHF run yet.</p>"
+    about = causal_html(report) if causal else "<p>No RLHF run yet: these are the features that the text at hand explains best, of those scored.</p>"
     more = f"<p class=soft>Sections follow for the first {SECTIONS} of {len(cards)}; all are in report.json.</p>" if len(cards) > SECTIONS else ""
     return (f"<h2>Features</h2>{about}<p class=search><label>Search <input id=search type=search></label> <span id=count class=soft role=status>"
             f"{len(cards)} of {len(cards)}</span></p>{table(columns, rows, 'listed')}{more}" + "".join(map(card_html, cards[:SECTIONS])))
@@ -266,7 +267,7 @@ def sae_html(report: dict) -> str:
     parts = ["<h2>Sparse autoencoder</h2><p>Explanation score: how well the token and the one before it predict an activation, on text that the "
              "prediction was not fitted to; r: Pearson correlation, F1: of active or not. Controls are made as sparse as the features.</p>"]
     for layer, about in report["saes"].items():
-        scores = [[escape(name), f"{score['columns']}", *(pm({"mean": score[key], "se": score[f"{key}_se"]}, ".3f") for key in ("pearson", "f1"))]
+        scores = [[escape(name), f"{score['columns']}", *(pm(score[key], ".3f") for key in ("pearson", "f1"))]
                   for name, score in about["explanations"].items()]
         figures, F = dict(about["metrics"]), about["num_features"]
         density = [[name, f"{n}", f"<meter max={F} value={n}>{n}</meter>"] for name, n in zip(decades, figures.pop("density", []))]

@@ -109,7 +109,7 @@ def learned_policy(args: argparse.Namespace, cfg: interpret.InterpretConfig, mod
                    learned: dict[str, Tensor], config: dict) -> tuple[ppo.EditPolicy, ppo.Evaluation]:
     """-> the policy of a finished run, and the evaluation of its own reward on its held-out prompts, by samples that the run has not seen."""
     rlhf = ppo.PPOConfig(**{f.name: config[f.name] for f in dataclasses.fields(ppo.PPOConfig) if f.name in config})
-    rlhf = dataclasses.replace(rlhf, eval_samples=min(cfg.effect_samples, rlhf.eval_samples))
+    rlhf = dataclasses.replace(rlhf, eval_samples=min(max(cfg.effect_samples, cfg.fresh_samples), rlhf.eval_samples))
     policy = ppo.make_policy("coef", model, args.layers, saes, rlhf, config["edit"])
     ppo.Trainable(policy).load_state_dict(learned)
     prompts = ppo.Prompts(read_lines(config["eval_prompts"]), tokenizer, rlhf.response_tokens, model.cfg.max_positions, args.device)
