@@ -119,7 +119,7 @@ def quantile_contexts(activations_BT: Tensor, tokens_BT: Tensor, tokenizer: Toke
     for q in QUANTILES:
         first = int((1 - q) * len(ranks))
         for b, t in (divmod(i, activations_BT.shape[1]) for i in ranks[first:first + 2]):
-            found.append(context_at(activations_BT[b], tokens_BT[b], t, tokenizer, width, f"quantile {q:g}"))
+            found.append(context_at(activations_BT[b], tokens_BT[b], t, tokenizer, width, f"quantile {q:g} of its activations"))
     return found
 
 
@@ -537,7 +537,8 @@ def plot_causal(folder: Path, effects: list[dict], kept: list[dict]) -> None:
     axis.errorbar([point["k"] for point in kept], [point["mean"] for point in kept], [point["se"] or 0 for point in kept], marker=".", linewidth=1)
     axis.axhline(0.9 * kept[-1]["mean"], color="grey", linewidth=0.6, linestyle="--")
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="coefficients kept, strongest first; the dashed line is 90 % of the whole gain", ylabel="gain, standard deviations")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="features kept, strongest first; dashed: 90 % of the gain", ylabel="gain, standard deviations")
     save_figure(folder / "share.png", figure)
 
 
@@ -558,8 +559,8 @@ def finished_runs(out: str | Path) -> list[dict]:
         figures, config = read_json(folder / "metrics.json"), read_json(folder / "config.json")
         log = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
         points = [(row["eval_kl"], row["eval_score_gain_std"]) for row in log if "eval_kl" in row]
-        runs.append({"name": folder.name.removeprefix("rlhf-"), "layers": config.get("layers"), "reward": config.get("reward"), "figures": figures,
-                     "frontier": [*points, (figures["kl"], figures["score_gain_std"])]})
+        runs.append({"name": folder.name.removeprefix("rlhf-"), "layers": str(config.get("layers", "")).strip("[]"), "reward": config.get("reward"),
+                     "figures": figures, "frontier": [*points, (figures["kl"], figures["score_gain_std"])]})
     return runs
 
 

@@ -2,7 +2,7 @@
 
 `interpret.write_report` writes both. A report is a dict of numbers and texts, with plots as base64 PNG:
 
-    title, commands, config, versions       what was run, and how to run it again
+    title, name, commands, config, versions what was run, and how to run it again
     rlhf, runs, causal, samples             figures of this run and of those beside it, `interpret.causal_effects`, before and after;
                                             rlhf and causal are None where there is an SAE alone
     saes, features                          figures of each layer's SAE; `interpret.FeatureCard`s as dicts
@@ -39,7 +39,9 @@ p { max-width: 46rem; margin: .6rem 0; } a { color: var(--link); } nav a { margi
 img { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide img { max-width: none; width: 64rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }
 td, th { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; }
-td[data-v] { white-space: nowrap; } meter { width: 8rem; }
+td[data-v], td code, nav a { white-space: nowrap; }
+.bar { height: .8rem; margin-top: .3rem; background: rgb(var(--p)); }
+#listed td:not([data-v]) { min-width: 8rem; } #listed td:nth-child(2) { min-width: 0; }
 th button { all: unset; cursor: pointer; font-weight: 600; text-decoration: underline dotted; }
 th button:focus-visible { outline: 2px solid var(--link); }
 th[aria-sort=descending] button::after { content: " ▾"; } th[aria-sort=ascending] button::after { content: " ▴"; }
@@ -143,8 +145,8 @@ def shade(token: str, value: float, kind: str, full: float) -> str:
 
 
 def tokens(pairs: list, form: str = "") -> str:
-    """-> tokens in a row, a leading space made visible, with their numbers where they are given a form."""
-    return " ".join(f"<code>{escape(re.sub('^ ', '·', token.replace(chr(10), '↵')))}</code>" + (f" {show(value, form)}" if form else "")
+    """-> tokens in a row, spaces made visible, long ones cut, with their numbers where they are given a form."""
+    return " ".join(f"<code>{escape(token.replace(chr(10), '↵').replace(' ', '·')[:20])}</code>" + (f" {show(value, form)}" if form else "")
                     for token, value in pairs)
 
 
@@ -159,6 +161,7 @@ def answer_html(report: dict) -> str:
         figures = run["figures"]
         pairs = [{"mean": figures.get(key), "se": figures.get(f"{key}_se")} for key in ("score_gain_std", "gold_gain_std", "kl")]
         names = [escape(run[key]) for key in ("name", "layers", "reward")]
+        names[0] = f"<b>{names[0]}</b>" if run["name"] == report["name"] else names[0]
         runs.append([*names, escape(figures.get("n_changed", "–")), *(pm(pair, ".2f") for pair in pairs)])
     return (
         "<p>Which features of the language model did RLHF turn up or down, and is it they that raise the reward? Training learned one number "
@@ -175,13 +178,14 @@ def answer_html(report: dict) -> str:
 def samples_html(report: dict) -> str:
     """Prompts with the reference's and the policy's responses, side by side, each token shaded by its log-ratio."""
     def side(sample: dict, name: str) -> str:
-        text = "".join(shade(token, abs(ratio), "p" if ratio > 0 else "n", 2.0) for token, ratio in sample[f"tokens_{name}"])
+        text = "".join(shade(token, abs(ratio) if abs(ratio) >= 0.1 else 0, "p" if ratio > 0 else "n", 2.0)
+                       for token, ratio in sample[f"tokens_{name}"])
         return f"<div><span class=soft>{name}, score {show(sample[f'score_{name}'], '.2f')}</span><div class=text>{text}</div></div>"
 
     shown = "".join(f"<div class=sample id=s{n}><h3>{n}. {escape(sample['prompt'])} …</h3><div class=pair>{side(sample, 'before')}"
                     f"{side(sample, 'after')}</div></div>" for n, sample in enumerate(report["samples"], start=1))
     return ("<h2>Before and after</h2><p>The first sample of each of the first held-out prompts, not chosen; both drawn with the same random "
-            "numbers. Shading: log(π/π<sub>ref</sub>), full at 2 nats, of tokens that the policy <i class=p6>prefers more</i> or "
+            "numbers. Shading: log(π/π<sub>ref</sub>) from 0.1 to 2 nats, of tokens that the policy <i class=p6>prefers more</i> or "
             f"<i class=n6>prefers less</i> than the reference does.</p>{shown}")
 
 
@@ -204,8 +208,9 @@ def causal_html(report: dict) -> str:
         f"<b>r = {show(causal['r'], '.2f')}</b> on the same samples, and {show(causal['r_other_prompts'], '.2f')} where the two come from different "
         "prompts and share no noise.</p><div class=pair>"
         + image(report, "effects", f"Measured against predicted effect of each listed feature, r = {show(causal['r'], '.2f')}; the line is y = x.")
-        + f"<div><h3>Check on fresh samples, same random numbers</h3>{table(['feature', 'fresh', 'set back', 'predicted'], fresh)}"
-        + image(report, "coefficients", "All coefficients in order.") + "</div></div>")
+        + image(report, "coefficients", "All coefficients in order.")
+        + "</div><h3>The strongest, checked on fresh samples with the same random numbers</h3>"
+        + table(["feature", "fresh", "set back", "predicted"], fresh))
 
 
 def link(card: dict, section: bool = True) -> str:
@@ -218,19 +223,18 @@ def features_html(report: dict) -> str:
     """The table of features and a section for each of the first SECTIONS."""
     cards, causal, rows = report["features"], report["causal"], []
     biased = any(card["bias"] for card in cards)
-    columns = ["feature", "c", *["b"] * biased, "turned", "fires, %", "fires on", "explained, r", "promotes",
-               *(["set back ± SE", "ESS", "predicted", "alone ± SE", "ESS alone"] if causal else [])]
+    columns = ["feature", "turned", "c", *["b"] * biased, *(["set back ± SE", "ESS", "predicted", "alone ± SE", "ESS alone"] if causal else []),
+               "fires, %", "fires on", "explained, r", "promotes"]
     for place, card in enumerate(cards):
         move, effect = card["coef"] - 1 + card["bias"], card["effect"]
-        row = [(card["layer"] * 10 ** 7 + card["feature"], link(card, place < SECTIONS)), (card["coef"], show(card["coef"], ".3f")),
-               *[(card["bias"], show(card["bias"]))] * biased, "up" if move > 0 else "down" if move < 0 else "–",
-               (card["firing_rate"], show(100 * card["firing_rate"], ".2f")), tokens(card["tokens"][:4]),
-               (card["explanation"], show(card["explanation"], ".2f")), tokens(card["promoted"][:4])]
+        row = [(card["layer"] * 10 ** 7 + card["feature"], link(card, place < SECTIONS)), "up" if move > 0 else "down" if move < 0 else "–",
+               (card["coef"], show(card["coef"], ".3f")), *[(card["bias"], show(card["bias"], ".3f"))] * biased]
         if causal:
             back, alone, predicted = (effect[key] if effect else None for key in ("set_back", "alone", "predicted"))
             pairs = [[(e["mean"], pm(e)), (e["ess"], show(e["ess"], ".0f"))] if e else [(None, "–")] * 2 for e in (back, alone)]
             row += [*pairs[0], (predicted, show(predicted)), *pairs[1]]
-        rows.append(row)
+        rows.append([*row, (card["firing_rate"], show(100 * card["firing_rate"], ".2f")), tokens(card["tokens"][:4]),
+                     (card["explanation"], show(card["explanation"], ".2f")), tokens(card["promoted"][:4])])
     about = causal_html(report) if causal else "<p>No RLHF run yet: these are the features that the text at hand explains best, of those scored.</p>"
     more = f"<p class=soft>Sections follow for the first {SECTIONS} of {len(cards)}; all are in report.json.</p>" if len(cards) > SECTIONS else ""
     return (f"<h2>Features</h2>{about}<p class=search><label>Search <input id=search type=search></label> <span id=count class=soft role=status>"
@@ -250,14 +254,14 @@ def card_html(card: dict) -> str:
             contexts += f"<div class=soft>{f'<a href=#s{sample[1]}>{escape(label)}</a>' if sample else escape(label)}</div>"
         text = "".join(shade(token, value, "a", card["peak"]) for token, value in zip(context["tokens"], context["activations"]))
         contexts += f"<div class=text>{text}</div>"
-    top = max(card["histogram"], default=0) or 1
-    bars = "".join(f'<rect x={i} y={20 - 20 * n / top:.2f} width=.9 height={20 * n / top:.2f} />' for i, n in enumerate(card["histogram"]) if n)
+    heights = [20 * math.log1p(n) / math.log1p(max(card["histogram"])) if n else 0 for n in card["histogram"]]
+    bars = "".join(f'<rect x={i} y={20 - height:.2f} width=.9 height={height:.2f} />' for i, height in enumerate(heights) if height)
     name = link(card, section=False)
     return (f'<section class=card id="f{name}"><h3>Feature {name}</h3><p>{learned}. Active on {show(100 * card["firing_rate"], ".2f")} % of tokens; '
             f"explanation score {show(card['explanation'], '.2f')}.</p><div class=pair><div><p>Fires on {tokens(card['tokens'], '.0%')}</p>"
             f"<p>Promotes {tokens(card['promoted'], '+.2f')}</p><p>Suppresses {tokens(card['suppressed'], '+.2f')}</p></div>"
             f'<figure><svg viewBox="0 0 20 20" preserveAspectRatio=none role=img aria-label="histogram of activations">{bars}</svg><figcaption>'
-            f"Tokens by activation, where active, from 0 to {show(card['peak'], '.3g')}</figcaption></figure></div>"
+            f"Tokens by activation, from 0 to {show(card['peak'], '.3g')}; log scale, {sum(card['histogram'])} in all</figcaption></figure></div>"
             f"{contexts or '<p>Silent on the text looked at.</p>'}</section>")
 
 
@@ -270,8 +274,8 @@ def sae_html(report: dict) -> str:
         scores = [[escape(name), f"{score['columns']}", *(pm(score[key], ".3f") for key in ("pearson", "f1"))]
                   for name, score in about["explanations"].items()]
         figures, F = dict(about["metrics"]), about["num_features"]
-        density = [[name, f"{n}", f"<meter max={F} value={n}>{n}</meter>"] for name, n in zip(decades, figures.pop("density", []))]
-        parts += [f"<h3>Layer {escape(layer)}: {F} features</h3><div class=pair><div>", table(["mean of", "columns", "r", "F1"], scores),
+        density = [[name, f"{n}", f'<div class=bar style="width:{12 * n / F:.2f}rem"></div>'] for name, n in zip(decades, figures.pop("density", []))]
+        parts += [f"<h3>Layer {escape(layer)}: {F} features</h3><div class=pair><div>", table(["mean of", "scored", "r", "F1"], scores),
                   table(["share of tokens it fires on", "features", ""], density), f"</div>{values(figures)}</div>",
                   f"<div class=wide>{image(report, f'SAE {layer}', f'Training of the SAE of layer {layer}.')}</div>"]
     return "".join(parts)

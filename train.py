@@ -97,7 +97,7 @@ def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, ru
     commands = [command_line(args, "sae", read_json(path / "config.json")) for path in folders.values()]
     page = interpret.write_report(run.folder, report | {
         "title": f"{'What RLHF changed in' if finished else 'The features of'} {model_name(args)}, layer {', '.join(map(str, args.layers))}",
-        "rlhf": read_json(folder / "metrics.json") if finished else None, "runs": runs, "config": config,
+        "name": folder.name.removeprefix("rlhf-"), "rlhf": read_json(folder / "metrics.json") if finished else None, "runs": runs, "config": config,
         "commands": commands + ([command_line(args, "rlhf", config)] if finished else []) + [shlex.join(["python", *sys.argv])],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "plots": {name: interpret.inline_png(path) for name, path in plots.items() if path.exists()}})         # --sae-load leaves no curves

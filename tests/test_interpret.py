@@ -236,7 +236,7 @@ def test_contexts_of_strong_and_of_weak_activations():
     assert [max(context.activations) for context in top] == [10, 9, 8] and top[0].tokens == [chr(i) for i in tokens_BT[9, 7:11].tolist()]
     weak = interpret.quantile_contexts(activations_BT, tokens_BT, Characters(), 2)
     assert [(context.label, max(context.activations)) for context in weak] == [
-        ("quantile 0.9", 9.5), ("quantile 0.9", 9), ("quantile 0.5", 6), ("quantile 0.5", 5), ("quantile 0.1", 2), ("quantile 0.1", 1)]
+        (f"quantile {q} of its activations", value) for q, value in ((0.9, 9.5), (0.9, 9), (0.5, 6), (0.5, 5), (0.1, 2), (0.1, 1))]
     assert interpret.top_contexts(torch.zeros(2, 4), tokens_BT, Characters(), 3, 2) == []
     assert interpret.quantile_contexts(torch.zeros(2, 4), tokens_BT, Characters(), 2) == []
 

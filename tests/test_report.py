@@ -29,7 +29,7 @@ def feature(i: int, text: str = " good", **changes) -> dict:
 def example(text: str = " good", features: int = 3) -> dict:
     """A report with `text` wherever a text goes."""
     metrics = {"fvu": 0.12345, "density": [1, 2, 3, 4, 5, 6, 7], text: text}
-    return {"title": text, "commands": [text], "config": {text: text, "lr": 0.25}, "versions": {"torch": text},
+    return {"title": text, "name": text, "commands": [text], "config": {text: text, "lr": 0.25}, "versions": {"torch": text},
             "rlhf": {"score_gain_std": 0.6517, "score_gain_std_se": 0.041, "kl": 3.95, "n_changed": 64, "gold_gain_std": 0.59, text: text},
             "runs": [{"name": text, "layers": "[2]", "reward": text, "figures": {"score_gain_std": 1.45, "kl": 2.96}, "frontier": [[1.0, 0.5]]}],
             "causal": {"samples": 256, "fresh_samples": 512, "moved": 64, "carriers": 41, "r": 0.97, "r_other_prompts": 0.81, "together": PAIR,
@@ -105,7 +105,7 @@ def test_ten_thousand_features():
     lambda r: r.update(rlhf=None, causal=None, samples=[], runs=[], plots={}),
     lambda r: r.update(features=[], samples=[]),
     lambda r: r["features"][0].update(bias=-0.25)])
-def test_what_is_missing_is_a_dash(change):
+def test_what_is_missing_is_left_out_or_a_dash(change):
     changed = copy.deepcopy(example())
     change(changed)
     page = render_report(changed)
