@@ -42,8 +42,8 @@ class InterpretConfig:
     width: int = 12                      # tokens of context on each side of the one looked at
     logit_tokens: int = 8                # promoted and suppressed tokens a feature
     samples: int = 16                    # held-out prompts shown with the text before and after
-    effect_samples: int = 2              # a held-out prompt, to be reweighted for each feature's effect
-    fresh_samples: int = 4               # a held-out prompt, drawn anew for each check; neither is more than the run's --rlhf-eval-samples
+    effect_samples: int = 2              # of the policy a held-out prompt, reweighted for each feature's effect; half as many of the reference
+    fresh_samples: int = 3               # a held-out prompt, drawn anew for each check; neither is more than the run's --rlhf-eval-samples
     checks: int = 5                      # features whose effect is also measured on fresh samples
     columns: int = 256                   # features, MLP coordinates and random directions whose explanation scores are averaged
 
@@ -86,16 +86,14 @@ QUANTILES = (0.9, 0.5, 0.1)                          # of a feature's activation
 
 
 @torch.no_grad()
-def feature_activations(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, features: list[int], batch_size: int = 16) -> tuple[Tensor, Tensor]:
-    """-> activations_BTG of the given features on windows of text, and firing_rate_F of all features. Both leave out each
-    window's first token, which SAEs here are not trained on."""
-    chunks, fired_F = [], torch.zeros(sae.num_features, device=model.device)
-    for batch_BT in tokens_BT.split(batch_size):
-        features_BTF = sae.encode(model.mlp_output(batch_BT.long().to(model.device), layer).float())
-        features_BTF[:, 0] = 0
-        fired_F += (features_BTF > 0).flatten(0, 1).sum(0)
-        chunks.append(features_BTF[..., features].cpu())
-    return torch.cat(chunks), (fired_F / (tokens_BT.shape[0] * (tokens_BT.shape[1] - 1))).cpu()
+def feature_activations(sae: SAE, rows_ND: Tensor, features: list[int]) -> tuple[Tensor, Tensor]:
+    """-> activations_NG of the given features on the MLP's outputs, and firing_rate_F of all features."""
+    chunks, fired_F = [], torch.zeros(sae.num_features, device=rows_ND.device)
+    for part_ND in rows_ND.split(2048):
+        features_NF = sae.encode(part_ND)
+        fired_F += (features_NF > 0).sum(0)
+        chunks.append(features_NF[:, features].cpu())
+    return torch.cat(chunks), (fired_F / len(rows_ND)).cpu()
 
 
 def context_at(activations_T: Tensor, tokens_T: Tensor, place: int, tokenizer: Tokenizer, width: int, label: str) -> Context:
@@ -146,9 +144,11 @@ def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen
     `{layer}.coef_F` and perhaps `{layer}.bias_F`. With None chosen: the features that the text at hand explains best."""
     spread = torch.linspace(0, sae.num_features - 1, min(cfg.columns, sae.num_features)).round().long().tolist()
     looked_at = (chosen or []) + spread
-    activations_BTG, rate_F = feature_activations(model, layer, sae, tokens_BT, looked_at)
-    score = explanation_score(activations_BTG[:, 1:].flatten(0, 1), tokens_BT)
-    about = explanations(model, layer, tokens_BT, rate_F, Explanation(*(part[-len(spread):] for part in score)), len(spread))
+    rows_ND = torch.cat([mlp_rows(model, layer, batch_BT).float() for batch_BT in tokens_BT.split(16)])       # without the windows' first tokens
+    activations_NG, rate_F = feature_activations(sae, rows_ND, looked_at)
+    activations_BTG = F.pad(activations_NG.view(len(tokens_BT), -1, len(looked_at)), (0, 0, 1, 0))
+    score = explanation_score(activations_NG, tokens_BT)
+    about = explanations(rows_ND, tokens_BT, rate_F, Explanation(*(part[-len(spread):] for part in score)), len(spread))
     columns = range(len(chosen)) if chosen is not None else score.pearson_F.nan_to_num(-1).argsort(descending=True)[:cfg.features].tolist()
     cards = []
     for g, i in ((g, looked_at[g]) for g in columns):
@@ -167,9 +167,8 @@ def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen
     return cards, about
 
 
-def explanations(model: Pythia, layer: int, tokens_BT: Tensor, rate_F: Tensor, features: "Explanation", columns: int) -> dict:
+def explanations(rows_ND: Tensor, tokens_BT: Tensor, rate_F: Tensor, features: "Explanation", columns: int) -> dict:
     """-> mean explanation scores of features, and of as many MLP coordinates and random directions made as sparse; firing rates."""
-    rows_ND = mlp_rows(model, layer, tokens_BT).float()
     D, generator = rows_ND.shape[1], torch.Generator().manual_seed(0)
     random_DG = F.normalize(torch.randn(D, columns, generator=generator), dim=0).to(rows_ND.device)
     coordinates = torch.linspace(0, D - 1, min(columns, D)).round().long()
@@ -422,7 +421,7 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     unit, learned = evaluation.reference.scores_B.std().clamp(min=1e-6), {name: p.detach().clone() for name, p in policy.trainable().items()}
     start = {name: torch.full_like(p, policy.start(name)) for name, p in learned.items()}
     sampled = evaluation.samples(policy.model, policy.edits)
-    before = Samples(policy, evaluation, evaluation.reference, cfg.effect_samples, unit, reference=True)
+    before = Samples(policy, evaluation, evaluation.reference, -(-cfg.effect_samples // 2), unit, reference=True)
     after = Samples(policy, evaluation, sampled, cfg.effect_samples, unit)
     expected, predicted = (first_order(side.gradient(values), learned, start) for side, values in ((before, start), (after, learned)))
     order = sorted(expected, key=lambda feature: -abs(expected[feature].sum().item()))
@@ -443,10 +442,11 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     reference_P, score_P = (by_prompt(side.scores_B / unit, evaluation.cfg.eval_samples) for side in (evaluation.reference, sampled))
     for feature in tqdm(list(effects)[:cfg.checks], desc="check"):
         effects[feature]["fresh"] = mean_se(score_P - fresh(mixed(learned, start, [feature])))
-    together_P, sum_P = score_P - fresh(mixed(learned, start, list(effects))), sum(single.values())
-    ranked = [*effects, *order[cfg.features:]]
+    ranked, step = [*effects, *order[cfg.features:]], 2 if len(order) <= 256 else 4
     kept = [{"k": k} | mean_se(fresh(mixed(start, learned, ranked[:k])) - reference_P)
-            for k in tqdm([2 ** n for n in range(32) if 2 ** n < len(ranked)], desc="share")]
+            for k in tqdm([step ** n for n in range(32) if step ** n < len(ranked)], desc="share")]
+    without_P = reference_P if len(order) <= cfg.features else fresh(mixed(learned, start, list(effects)))       # with nothing moved: the reference
+    together_P, sum_P = score_P - without_P, sum(single.values())
     kept.append({"k": len(ranked)} | mean_se(score_P - reference_P))
     return Causal(effects, {
         "moved": len(ranked), "samples": len(after.score_B), "fresh_samples": len(sampled.scores_B), **agreement(effects, single, predicted),

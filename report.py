@@ -25,7 +25,7 @@ STYLE = """
     --a: 205,125,10; --p: 60,130,225; --n: 205,80,45; }
   img { filter: invert(.9) hue-rotate(180deg); } }
 * { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70rem; margin: 0 auto;
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 78rem; margin: 0 auto;
   padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0; }
 h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
@@ -56,7 +56,7 @@ svg { display: block; width: 100%; max-width: 22rem; height: 4rem; fill: rgb(var
 @media print { nav, .search { display: none; } .sample, figure, tr { break-inside: avoid; } .card { content-visibility: visible; }
   body { font-size: 11px; max-width: none; } i { print-color-adjust: exact; -webkit-print-color-adjust: exact; } .wide { overflow: visible; }
   .wide img { max-width: 100%; } }
-""" + "".join(f".{kind}{n}{{background:rgba(var(--{kind}),{n / 12:.2f})}}" for kind in "apn" for n in range(1, 10))
+""" + "".join(f".{kind}{n}{{background:rgba(var(--{kind}),{(n + 1) / 13:.2f})}}" for kind in "apn" for n in range(1, 10))
 
 SCRIPT = """
 const table = document.getElementById("listed"), search = document.getElementById("search"), count = document.getElementById("count");
@@ -85,7 +85,7 @@ def render_report(report: dict) -> str:
     parts = {"features": ("Features", features_html), "sae": ("SAE", sae_html), "run": ("Run", run_html)}
     if report["rlhf"]:
         parts = {"answer": ("Answer", answer_html), "samples": ("Before and after", samples_html)} | parts
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in parts.items())
+    links = " ".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in parts.items())
     body = "".join(f"<section id={key}>{make(report)}</section>" for key, (_, make) in parts.items())
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
