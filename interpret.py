@@ -1,14 +1,17 @@
-"""From coefficients to evidence: what each feature that RLHF moved stands for, and a page that shows it.
+"""From coefficients to evidence: what each feature that RLHF moved stands for and does to the reward, and a page that shows it.
 
-Dimension key: B batch   T tokens   N rows (tokens, flattened)   D hidden size   F SAE features   G the features looked at
-               C classes of tokens   V vocabulary
+Dimension key: B batch   T tokens   R response tokens   N rows (tokens, flattened)   D hidden size   F SAE features
+               G the features looked at   C classes of tokens   V vocabulary
 """
 
 import base64
 import copy
-import html
+import functools
 import io
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,24 +19,38 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from ppo import Evaluated, Evaluation
-from pythia import END_OF_TEXT, Pythia, Tokenizer, read_json, write_json, write_whole
-from sae import SAE
+import ppo
+from ppo import EditPolicy, Evaluated, Evaluation
+from pythia import END_OF_TEXT, Pythia, Tokenizer, UserError, read_json, read_rows, write_json, write_whole
+from report import render_report
+from sae import SAE, mlp_rows
 
 matplotlib.use("Agg")                                # draw into files, without a screen
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+Feature = tuple[int, int]                            # (layer, number)
 
 
 @dataclass(frozen=True)
 class InterpretConfig:
     """--stage interpret"""
 
-    features: int = 32                   # cards: half of them for the features turned up most, half for those turned down most
-    contexts: int = 8                    # top contexts a card
-    width: int = 12                      # tokens of context on each side of the strongest one
-    logit_tokens: int = 10               # promoted and suppressed tokens a card
+    features: int = 64                   # listed: those whose coefficients, to first order, change the reward most
+    contexts: int = 6                    # contexts a feature from its strongest activations; two more from each of QUANTILES
+    width: int = 12                      # tokens of context on each side of the one looked at
+    logit_tokens: int = 8                # promoted and suppressed tokens a feature
     samples: int = 16                    # held-out prompts shown with the text before and after
+    effect_samples: int = 2              # of the policy a held-out prompt, reweighted for each feature's effect; half as many of the reference
+    fresh_samples: int = 3               # a held-out prompt, drawn anew for each check; neither is more than the run's --rlhf-eval-samples
+    checks: int = 5                      # features whose effect is also measured on fresh samples
+    columns: int = 256                   # features, MLP coordinates and random directions whose explanation scores are averaged
+
+    def __post_init__(self):
+        for name in vars(self):
+            if getattr(self, name) < (name in ("features", "samples", "effect_samples", "fresh_samples", "columns")):
+                raise UserError(f"--interpret-{name.replace('_', '-')} {getattr(self, name)} is too small")
 
 
 # ------------------------------------------------------------------------------------------------------------ feature cards
@@ -43,6 +60,7 @@ class Context:
     """A stretch of text and one feature's activation on each of its tokens."""
     tokens: list[str]
     activations: list[float]
+    label: str = ""                      # where it is from
 
 
 @dataclass
@@ -53,35 +71,54 @@ class FeatureCard:
     coef: float                          # c, 1 where RLHF left it alone
     bias: float                          # b, 0 likewise
     firing_rate: float                   # share of held-out tokens on which it is active
-    contexts: list[Context]              # where it is most active, one a window of text
+    peak: float                          # its largest activation there
+    histogram: list[int]                 # of its activations where active, in equal steps from 0 to `peak`
+    tokens: list[tuple[str, float]]      # those that make up most of its activation, with their share of it
+    explanation: float | None            # explanation score, Pearson r; None where it is silent
     promoted: list[tuple[str, float]]    # tokens whose logits its direction raises most, with the change per unit of activation
     suppressed: list[tuple[str, float]]
+    contexts: list[Context]              # from its strongest activations down to weak ones
+    fired: list[Context] = field(default_factory=list)         # where it is most active in the samples shown
+    effect: dict | None = None           # on the reward, see `causal_effects`
+
+
+QUANTILES = (0.9, 0.5, 0.1)                          # of a feature's activations; the maximum alone would flatter it
 
 
 @torch.no_grad()
-def feature_activations(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, features: list[int], batch_size: int = 16) -> tuple[Tensor, Tensor]:
-    """-> activations_BTG of the given features on windows of text, and firing_rate_F of all features. Both leave out each
-    window's first token, which SAEs here are not trained on."""
-    chunks, fired_F = [], torch.zeros(sae.num_features, device=model.device)
-    for batch_BT in tokens_BT.split(batch_size):
-        features_BTF = sae.encode(model.mlp_output(batch_BT.long().to(model.device), layer).float())
-        features_BTF[:, 0] = 0
-        fired_F += (features_BTF > 0).flatten(0, 1).sum(0)
-        chunks.append(features_BTF[..., features].cpu())
-    return torch.cat(chunks), (fired_F / (tokens_BT.shape[0] * (tokens_BT.shape[1] - 1))).cpu()
+def feature_activations(sae: SAE, rows_ND: Tensor, features: list[int]) -> tuple[Tensor, Tensor]:
+    """-> activations_NG of the given features on the MLP's outputs, and firing_rate_F of all features."""
+    chunks, fired_F = [], torch.zeros(sae.num_features, device=rows_ND.device)
+    for part_ND in rows_ND.split(2048):
+        features_NF = sae.encode(part_ND)
+        fired_F += (features_NF > 0).sum(0)
+        chunks.append(features_NF[:, features].cpu())
+    return torch.cat(chunks), (fired_F / len(rows_ND)).cpu()
+
+
+def context_at(activations_T: Tensor, tokens_T: Tensor, place: int, tokenizer: Tokenizer, width: int, label: str) -> Context:
+    """-> `width` tokens on each side of a place in one window, and the activations there."""
+    span = slice(max(0, place - width), place + width + 1)
+    return Context([tokenizer.decode([i]) for i in tokens_T[span].tolist()], [round(a, 3) for a in activations_T[span].tolist()], label)
 
 
 def top_contexts(activations_BT: Tensor, tokens_BT: Tensor, tokenizer: Tokenizer, number: int, width: int) -> list[Context]:
     """-> the contexts of one feature's strongest activations, at most one a window, strongest first; none where it is silent."""
     peak_B, place_B = activations_BT.max(1)
-    contexts = []
-    for b in peak_B.argsort(descending=True, stable=True)[:number].tolist():
-        if peak_B[b] <= 0:
-            break
-        span = slice(max(0, int(place_B[b]) - width), int(place_B[b]) + width + 1)
-        contexts.append(Context([tokenizer.decode([i]) for i in tokens_BT[b, span].tolist()],
-                                [round(a, 4) for a in activations_BT[b, span].tolist()]))
-    return contexts
+    order = [b for b in peak_B.argsort(descending=True, stable=True)[:number].tolist() if peak_B[b] > 0]
+    return [context_at(activations_BT[b], tokens_BT[b], int(place_B[b]), tokenizer, width, "strongest") for b in order]
+
+
+def quantile_contexts(activations_BT: Tensor, tokens_BT: Tensor, tokenizer: Tokenizer, width: int) -> list[Context]:
+    """-> two contexts from each of QUANTILES of one feature's activations; fewer where it is active on fewer tokens."""
+    flat_N = activations_BT.flatten()
+    ranks = flat_N.argsort(descending=True, stable=True)[:int((flat_N > 0).sum())].tolist()        # the active tokens, strongest first
+    found = []
+    for q in QUANTILES:
+        first = int((1 - q) * len(ranks))
+        for b, t in (divmod(i, activations_BT.shape[1]) for i in ranks[first:first + 2]):
+            found.append(context_at(activations_BT[b], tokens_BT[b], t, tokenizer, width, f"quantile {q:g} of its activations"))
+    return found
 
 
 @torch.no_grad()
@@ -95,30 +132,58 @@ def logit_effect(model: Pythia, direction_GD: Tensor) -> Tensor:
     return effect_GV - effect_GV.mean(-1, keepdim=True)
 
 
-def moved_features(coef_F: Tensor, bias_F: Tensor | None, number: int) -> list[int]:
-    """-> the features that RLHF moved most, first those turned up, then those turned down, at most half of `number` each."""
-    move_F = (coef_F - 1) + (0 if bias_F is None else bias_F)
-    order = move_F.argsort(descending=True, stable=True).tolist()
-    up = [i for i in order if move_F[i] > 0][:number // 2]
-    down = [i for i in reversed(order) if move_F[i] < 0][:number // 2]
-    return up + down
+def top_tokens(values_V: Tensor, tokenizer: Tokenizer, number: int) -> list[tuple[str, float]]:
+    """-> the tokens of the largest values, with these."""
+    values, ids = values_V.topk(min(number, len(values_V)))
+    return [(tokenizer.decode([i]), round(value, 4)) for value, i in zip(values.tolist(), ids.tolist())]
 
 
-def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, coef_F: Tensor, bias_F: Tensor | None, tokens_BT: Tensor,
-               cfg: InterpretConfig) -> tuple[list[FeatureCard], Tensor]:
-    """-> cards of the features that moved most, and firing_rate_F of all."""
-    chosen = moved_features(coef_F, bias_F, cfg.features)
-    activations_BTG, firing_rate_F = feature_activations(model, layer, sae, tokens_BT, chosen)
-    effect_GV = logit_effect(model, sae.W_dec_FD[chosen])[:, :tokenizer.vocab_size]
+def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen: list[int] | None, learned: dict[str, Tensor],
+               tokens_BT: Tensor, cfg: InterpretConfig) -> tuple[list[FeatureCard], dict]:
+    """-> cards of the chosen features of one layer, in order, and what is known of its whole SAE (`explanations`). `learned` holds
+    `{layer}.coef_F` and perhaps `{layer}.bias_F`. With None chosen: the features that the text at hand explains best."""
+    spread = torch.linspace(0, sae.num_features - 1, min(cfg.columns, sae.num_features)).round().long().tolist()
+    looked_at = (chosen or []) + spread
+    rows_ND = torch.cat([mlp_rows(model, layer, batch_BT).float() for batch_BT in tokens_BT.split(16)])       # without the windows' first tokens
+    activations_NG, rate_F = feature_activations(sae, rows_ND, looked_at)
+    activations_BTG = F.pad(activations_NG.view(len(tokens_BT), -1, len(looked_at)), (0, 0, 1, 0))
+    score = explanation_score(activations_NG, tokens_BT)
+    about = explanations(rows_ND, tokens_BT, rate_F, Explanation(*(part[-len(spread):] for part in score)), len(spread))
+    columns = range(len(chosen)) if chosen is not None else score.pearson_F.nan_to_num(-1).argsort(descending=True)[:cfg.features].tolist()
     cards = []
-    for g, i in enumerate(chosen):
-        ends = []                                    # the promoted, then the suppressed tokens
-        for sign in (1, -1):
-            values, ids = (sign * effect_GV[g]).topk(cfg.logit_tokens)
-            ends.append([(tokenizer.decode([v]), round(sign * value, 4)) for value, v in zip(values.tolist(), ids.tolist())])
-        cards.append(FeatureCard(layer, i, coef_F[i].item(), 0.0 if bias_F is None else bias_F[i].item(), firing_rate_F[i].item(),
-                                 top_contexts(activations_BTG[..., g], tokens_BT, tokenizer, cfg.contexts, cfg.width), *ends))
-    return cards, firing_rate_F
+    for g, i in ((g, looked_at[g]) for g in columns):
+        effect_V, activations_BT = logit_effect(model, sae.W_dec_FD[[i]])[0, :tokenizer.vocab_size], activations_BTG[..., g]
+        weight_V = torch.zeros(tokenizer.vocab_size).index_add(0, tokens_BT.flatten().long(), activations_BT.flatten())
+        coef, bias = (learned[name][i].item() if (name := f"{layer}.{kind}_F") in learned else start
+                      for kind, start in (("coef", 1.0), ("bias", 0.0)))
+        peak = activations_BT.max().item()
+        histogram = torch.histc(activations_BT[activations_BT > 0], 20, 0, peak or 1).int().tolist()
+        fires_on = [pair for pair in top_tokens(weight_V / weight_V.sum().clamp(min=1e-9), tokenizer, 5) if pair[1] > 0]
+        contexts = top_contexts(activations_BT, tokens_BT, tokenizer, cfg.contexts, cfg.width)
+        cards.append(FeatureCard(
+            layer, i, coef, bias, rate_F[i].item(), peak, histogram, fires_on, number(score.pearson_F[g].item()),
+            top_tokens(effect_V, tokenizer, cfg.logit_tokens), [(token, -v) for token, v in top_tokens(-effect_V, tokenizer, cfg.logit_tokens)],
+            contexts + quantile_contexts(activations_BT, tokens_BT, tokenizer, cfg.width)))
+    return cards, about
+
+
+def explanations(rows_ND: Tensor, tokens_BT: Tensor, rate_F: Tensor, features: "Explanation", columns: int) -> dict:
+    """-> mean explanation scores of features, and of as many MLP coordinates and random directions made as sparse; firing rates."""
+    D, generator = rows_ND.shape[1], torch.Generator().manual_seed(0)
+    random_DG = F.normalize(torch.randn(D, columns, generator=generator), dim=0).to(rows_ND.device)
+    coordinates = torch.linspace(0, D - 1, min(columns, D)).round().long()
+    controls = {"MLP coordinates": rows_ND[:, coordinates], "random directions": rows_ND @ random_DG}
+    scores = {name: explanation_score(as_sparse_as(values_NG, rate_F), tokens_BT) for name, values_NG in controls.items()}
+    means = {}
+    for name, score in ({"SAE features": features} | scores).items():
+        pearson_G, f1_G = (part[~part.isnan()].double() for part in score)
+        means[name] = {"columns": len(pearson_G), "pearson": mean_se(pearson_G), "f1": mean_se(f1_G)}
+    return {"explanations": means, "num_features": len(rate_F)}
+
+
+def number(value: float) -> float | None:
+    """-> the value as JSON can hold it: None for NaN and infinities."""
+    return value if math.isfinite(value) else None
 
 
 def paired_samples(tokenizer: Tokenizer, evaluation: Evaluation, after: Evaluated) -> list[dict]:
@@ -132,6 +197,31 @@ def paired_samples(tokenizer: Tokenizer, evaluation: Evaluation, after: Evaluate
              "before": text(before.tokens_BT[b, -R:], before.mask_BT[b, -R:]), "score_before": before.scores_B[b].item(),
              "after": text(after.tokens_BT[b, -R:], after.mask_BT[b, -R:]), "score_after": after.scores_B[b].item()}
             for b in range(0, len(after.tokens_BT), evaluation.cfg.eval_samples)]
+
+
+@torch.no_grad()
+def shown_samples(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], causal: "Causal", cards: list[FeatureCard],
+                  cfg: InterpretConfig) -> list[dict]:
+    """-> `paired_samples` with each response's tokens and their log(π/π_ref), in nats; fills in where the cards' features fired in them."""
+    shown = paired_samples(tokenizer, causal.before.evaluation, causal.sampled)[:cfg.samples]
+    places: dict[Feature, list[tuple[float, Context]]] = {(card.layer, card.feature): [] for card in cards}
+    for n, sample in enumerate(shown):
+        for name, side in (("before", causal.before), ("after", causal.after)):
+            rollout = ppo.select(side.rollout, slice(n * side.per_prompt, n * side.per_prompt + 1))
+            tokens_T, own_R = rollout.tokens_BT[rollout.mask_BT.bool()], rollout.mask_BR.bool()
+            ratios = (rollout.logprobs_BR - rollout.ref_logprobs_BR)[own_R].tolist()
+            sample[f"tokens_{name}"] = [(tokenizer.decode([i]), round(r, 3)) for i, r in zip(tokens_T[-len(ratios):].tolist(), ratios)]
+            for layer, sae in saes.items():          # as the unedited model reads the text
+                activations_TF = sae.encode(model.mlp_output(tokens_T[None], layer)[0].float()).cpu()
+                for (_, i), found in ((feature, found) for feature, found in places.items() if feature[0] == layer):
+                    peak, place = activations_TF[-len(ratios):, i].max(0)
+                    if peak > 0:
+                        place = len(tokens_T) - len(ratios) + int(place)
+                        label = f"sample {n + 1}, {name}"
+                        found.append((peak.item(), context_at(activations_TF[:, i], tokens_T, place, tokenizer, cfg.width, label)))
+    for card in cards:
+        card.fired = [context for _, context in sorted(places[card.layer, card.feature], key=lambda pair: -pair[0])[:3]]
+    return shown
 
 
 # ---------------------------------------------------------------------------------------------- explanations without a judge
@@ -205,6 +295,201 @@ def shuffled_weights(model: Pythia, generator: torch.Generator) -> Pythia:
     return model
 
 
+# --------------------------------------------------------------------------------------------- causal effects on the reward
+
+@contextmanager
+def learned_numbers(policy: EditPolicy, values: dict[str, Tensor]) -> Iterator[None]:
+    """Within it, the policy's coefficients and biases are `values`."""
+    before, holder = {name: p.detach().clone() for name, p in policy.trainable().items()}, ppo.Trainable(policy)
+    try:
+        holder.load_state_dict(values)
+        yield
+    finally:
+        holder.load_state_dict(before)
+
+
+def mixed(base: dict[str, Tensor], other: dict[str, Tensor], features: list[Feature]) -> dict[str, Tensor]:
+    """-> base's numbers, but other's for `features`, coefficients and biases alike."""
+    mix = {name: value.clone() for name, value in base.items()}
+    for name, value in mix.items():
+        at = [i for layer, i in features if name.startswith(f"{layer}.")]
+        value[at] = other[name][at]
+    return mix
+
+
+class Samples:
+    """One fixed set of samples of a policy π on held-out prompts, to tell from it what the mean score of a policy π′ would be.
+
+    One sample's estimate of J(π′) − J(π), with score S and wₜ = Π_{s≤t} π′(token s) / π(token s), w₀ = 1:
+
+        (w_R − 1) S − Σₜ (wₜ − wₜ₋₁) Vₜ
+
+    Importance weighting, not self-normalised, with a control variate: each term of the sum has mean 0 for whatever Vₜ depends on the
+    text before token t alone. Here Vₜ = aₜ + bₜ · (score of the text before token t), or of the prompt's other samples where the reward
+    cannot be asked for it, fitted to these samples by least squares. The same Vₜ is the baseline of the score-function gradient
+    ∇J = E Σₜ (S − Vₜ) ∇ log π(token t), which is the estimate above to first order. Scores are in `unit`s.
+    """
+
+    def __init__(self, policy: EditPolicy, evaluation: Evaluation, sampled: Evaluated, per_prompt: int, unit: float, reference: bool = False):
+        self.policy, self.evaluation, self.per_prompt = policy, evaluation, min(per_prompt, evaluation.cfg.eval_samples)
+        first_B = torch.arange(len(sampled.scores_B), device=sampled.scores_B.device) % evaluation.cfg.eval_samples < self.per_prompt
+        self.sampled = sampled = Evaluated({}, *(part[first_B] for part in sampled[1:]))
+        self.rollout = ppo.join([ppo.observe(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], evaluation.cfg)
+                                 for rows in ppo.slices(len(sampled.tokens_BT), evaluation.cfg.micro_batch)])
+        self.old_BR = self.rollout.ref_logprobs_BR if reference else self.rollout.logprobs_BR
+        self.score_B = sampled.scores_B / unit
+        guess_BR = self.early_scores()
+        centred_BR, score_B1 = guess_BR - guess_BR.mean(0), (self.score_B - self.score_B.mean())[:, None]
+        slope_R = (centred_BR * score_B1).mean(0) / centred_BR.square().mean(0).clamp(min=1e-12)
+        self.value_BR = self.score_B.mean() + slope_R * centred_BR
+
+    def early_scores(self) -> Tensor:
+        """-> what is known of each sample's score before each of its tokens."""
+        R, score_fn, sampled = self.evaluation.cfg.response_tokens, self.evaluation.score_fn, self.sampled
+        if hasattr(score_fn, "prefixes"):
+            prefixes = functools.partial(score_fn.prefixes, R=R)
+            return ppo.score_in_batches(prefixes, sampled.tokens_BT, sampled.mask_BT, self.evaluation.cfg.micro_batch)[:, :-1]
+        score_PS = self.score_B.view(-1, self.per_prompt)                    # P prompts, S samples each
+        others_PS = (score_PS.sum(1, keepdim=True) - score_PS) / max(self.per_prompt - 1, 1)
+        return others_PS.reshape(-1, 1).expand(-1, R)
+
+    def logprobs(self, rows: Tensor | slice) -> Tensor:
+        """-> logprobs_BR of the samples' tokens with the policy as it is now: only the layers above the lowest edit are run."""
+        batch, cfg = ppo.select(self.rollout, rows), self.evaluation.cfg
+        hidden_BRD = self.policy.hidden(batch.tokens_BT, batch.mask_BT, cfg.response_tokens, batch.trunk)
+        return ppo.pick(ppo.next_logprobs(self.policy.model, hidden_BRD, cfg.temperature), batch.tokens_BT[:, -cfg.response_tokens:])
+
+    @torch.no_grad()
+    def change(self, values: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """-> each sample's estimate of J(π′) − J(π), π′ the policy with `values`; the effective number of samples (Σw)² / Σw²."""
+        with learned_numbers(self.policy, values):
+            new_BR = torch.cat([self.logprobs(rows) for rows in ppo.slices(len(self.old_BR), self.evaluation.cfg.micro_batch)])
+        weight_BR = ((new_BR - self.old_BR) * self.rollout.mask_BR).double().cumsum(1).exp()
+        steps_BR = weight_BR.diff(dim=1, prepend=torch.ones_like(weight_BR[:, :1]))
+        last_B = weight_BR[:, -1]
+        return (last_B - 1) * self.score_B - (steps_BR * self.value_BR).sum(1), (last_B.sum().square() / last_B.square().sum()).item()
+
+    def gradient(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """-> ∇J at `values` (those that sampled), for each learned tensor (2, F): by the even prompts' samples, and by the odd ones'."""
+        advantage_BR = (self.score_B[:, None] - self.value_BR) * self.rollout.mask_BR
+        parameters, halves = self.policy.trainable(), []
+        half_B = torch.arange(len(self.old_BR), device=self.old_BR.device) // self.per_prompt % 2
+        with learned_numbers(self.policy, values):
+            for half in (0, 1):
+                for p in parameters.values():
+                    p.grad = torch.zeros_like(p)
+                rows = (half_B == half).nonzero().flatten()
+                for micro in rows.split(self.evaluation.cfg.micro_batch):
+                    ((advantage_BR[micro] * self.logprobs(micro)).sum() / max(len(rows), 1)).backward()
+                halves.append({name: p.grad for name, p in parameters.items()})
+        for p in parameters.values():
+            p.grad = None
+        return {name: torch.stack([half[name] for half in halves]) for name in parameters}
+
+
+def first_order(gradient: dict[str, Tensor], learned: dict[str, Tensor], start: dict[str, Tensor]) -> dict[Feature, Tensor]:
+    """-> gradient × move of each feature that moved, (2,), by the even and by the odd prompts; biases count with their coefficient."""
+    found: dict[Feature, Tensor] = {}
+    for name, move_F in ((name, learned[name] - start[name]) for name in learned):
+        predicted_F2 = (gradient[name] * move_F).T.double().cpu()
+        for i in move_F.nonzero().flatten().tolist():
+            feature = int(name.split(".")[0]), i
+            found[feature] = found.get(feature, 0) + predicted_F2[i]
+    return found
+
+
+class Causal(NamedTuple):
+    """What each listed feature does to the reward."""
+    effects: dict[Feature, dict]         # strongest first
+    summary: dict
+    sampled: Evaluated                   # of the policy, on all held-out prompts
+    before: Samples
+    after: Samples
+
+
+def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretConfig) -> Causal:
+    """Effects on the mean score, in standard deviations of the reference's scores, with standard errors over prompts.
+
+    set_back   mean score of the policy, less that with this one coefficient (and bias) set back to its start: on the policy's samples
+    alone      mean score with this one moved and all others at their start, less the reference's: on the reference's samples
+    predicted  gradient × move on the policy's samples, `set_back` to first order
+    fresh      set_back, measured on samples drawn anew with the same random numbers
+
+    Listed are the features with the largest gradient × move on the *reference's* samples, so that this choice does not flatter what
+    is measured on the policy's.
+    """
+    unit, learned = evaluation.reference.scores_B.std().clamp(min=1e-6), {name: p.detach().clone() for name, p in policy.trainable().items()}
+    start = {name: torch.full_like(p, policy.start(name)) for name, p in learned.items()}
+    sampled = evaluation.samples(policy.model, policy.edits)
+    before = Samples(policy, evaluation, evaluation.reference, -(-cfg.effect_samples // 2), unit, reference=True)
+    after = Samples(policy, evaluation, sampled, cfg.effect_samples, unit)
+    expected, predicted = (first_order(side.gradient(values), learned, start) for side, values in ((before, start), (after, learned)))
+    order = sorted(expected, key=lambda feature: -abs(expected[feature].sum().item()))
+    effects, single = {}, {}
+    for feature in tqdm(order[:cfg.features], desc="effects"):
+        back_B, back_ess = after.change(mixed(learned, start, [feature]))
+        alone_B, alone_ess = before.change(mixed(start, learned, [feature]))
+        single[feature] = by_prompt(-back_B, after.per_prompt)
+        effects[feature] = {"set_back": mean_se(single[feature]) | {"ess": back_ess}, "predicted": predicted[feature].mean().item(),
+                            "alone": mean_se(by_prompt(alone_B, before.per_prompt)) | {"ess": alone_ess}, "fresh": None}
+    effects = dict(sorted(effects.items(), key=lambda item: -abs(item[1]["set_back"]["mean"])))
+
+    def fresh(values: dict[str, Tensor]) -> Tensor:
+        """-> each prompt's mean score with these values, in units."""
+        with learned_numbers(policy, values):
+            return by_prompt(evaluation.samples(policy.model, policy.edits).scores_B / unit, evaluation.cfg.eval_samples)
+
+    reference_P, score_P = (by_prompt(side.scores_B / unit, evaluation.cfg.eval_samples) for side in (evaluation.reference, sampled))
+    for feature in tqdm(list(effects)[:cfg.checks], desc="check"):
+        effects[feature]["fresh"] = mean_se(score_P - fresh(mixed(learned, start, [feature])))
+    ranked, step = [*effects, *order[cfg.features:]], 2 if len(order) <= 256 else 4
+    kept = [{"k": k} | mean_se(fresh(mixed(start, learned, ranked[:k])) - reference_P)
+            for k in tqdm([step ** n for n in range(32) if step ** n < len(ranked)], desc="share")]
+    without_P = reference_P if len(order) <= cfg.features else fresh(mixed(learned, start, list(effects)))       # with nothing moved: the reference
+    together_P, sum_P = score_P - without_P, sum(single.values())
+    kept.append({"k": len(ranked)} | mean_se(score_P - reference_P))
+    return Causal(effects, {
+        "moved": len(ranked), "samples": len(after.score_B), "fresh_samples": len(sampled.scores_B), **agreement(effects, single, predicted),
+        "together": mean_se(together_P), "sum": mean_se(sum_P), "interaction": mean_se(together_P - sum_P),
+        "kept": kept, "carriers": carriers(kept)}, sampled, before, after)
+
+
+def by_prompt(x_B: Tensor, per_prompt: int) -> Tensor:
+    """-> mean of each prompt's samples, x_P."""
+    return x_B.double().cpu().view(-1, per_prompt).mean(1)
+
+
+def mean_se(x_P: Tensor) -> dict[str, float | None]:
+    """-> mean over prompts and its standard error."""
+    return {"mean": number(x_P.mean().item()), "se": number((x_P.std() / len(x_P) ** 0.5).item())}
+
+
+def agreement(effects: dict[Feature, dict], single: dict[Feature, Tensor], predicted: dict[Feature, Tensor]) -> dict:
+    """-> Pearson r of predicted with measured effects: on the same samples; and each half of the prompts' prediction with the other
+    half's measurement, which shares no noise with it."""
+    predicted_G2 = torch.stack([predicted[feature] for feature in effects])
+    measured_G2 = torch.stack([torch.stack([single[feature][half::2].mean() for half in (0, 1)]) for feature in effects])
+    return {"r": correlation(predicted_G2.mean(1), measured_G2.mean(1)),
+            "r_other_prompts": correlation(predicted_G2.flatten(), measured_G2.flip(1).flatten())}
+
+
+def correlation(x_G: Tensor, y_G: Tensor) -> float | None:
+    return number(F.cosine_similarity(x_G - x_G.mean(), y_G - y_G.mean(), dim=0).item()) if len(x_G) > 2 else None
+
+
+def carriers(kept: list[dict], share: float = 0.9) -> float | None:
+    """-> how many coefficients carry `share` of the gain: where the curve of (k, gain with the k strongest alone) first reaches it,
+    between its points by the logarithm of k. None where the whole gain is within two standard errors of 0."""
+    gain, previous = kept[-1]["mean"], {"k": 1, "mean": 0.0}
+    if not gain > 2 * (kept[-1]["se"] or 0):
+        return None
+    for point in kept:
+        if point["mean"] >= share * gain:
+            part = (share * gain - previous["mean"]) / (point["mean"] - previous["mean"])
+            return math.ceil(previous["k"] * (point["k"] / previous["k"]) ** part - 1e-9)
+        previous = point
+
+
 # -------------------------------------------------------------------------------------------------------------------- plots
 
 def plot_curves(path: Path, rows: list[dict], keys: tuple[str, ...], x_label: str) -> None:
@@ -217,22 +502,21 @@ def plot_curves(path: Path, rows: list[dict], keys: tuple[str, ...], x_label: st
     save_figure(path, figure)
 
 
-def plot_coefficients(path: Path, coef_F: Tensor, firing_rate_F: Tensor) -> None:
-    """All coefficients in order, and each against how often its feature fires."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    left.plot(coef_F.sort().values.numpy())
-    left.axhline(1, color="grey", linewidth=0.6)
-    left.set(title="coefficients, sorted", xlabel="features", ylabel="c")
-    alive = firing_rate_F > 0
-    right.semilogx(firing_rate_F[alive].numpy(), coef_F[alive].numpy(), ".", markersize=3, alpha=0.6)
-    right.axhline(1, color="grey", linewidth=0.6)
-    right.set(title="against firing rate", xlabel="share of tokens on which the feature fires")
+def plot_coefficients(path: Path, coefs: dict[int, Tensor]) -> None:
+    """All coefficients in order, a line a layer."""
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for layer, coef_F in coefs.items():
+        axis.plot(coef_F.float().cpu().sort().values.numpy(), label=f"layer {layer}")
+    axis.axhline(1, color="grey", linewidth=0.6)
+    axis.set(xlabel="features, sorted", ylabel="coefficient c")
+    if len(coefs) > 1:
+        axis.legend(frameon=False)
     save_figure(path, figure)
 
 
 def plot_frontier(path: Path, runs: dict[str, list[list[tuple[float, float]]]]) -> None:
     """Gain against KL along training: a colour for each name, a line for each of its runs (seeds), which is a list of (kl, gain)."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for i, (name, seeds) in enumerate(runs.items()):
         for number, points in enumerate(seeds):
             axis.plot(*zip((0.0, 0.0), *points), marker=".", color=f"C{i}", linewidth=1, label=None if number else name)
@@ -254,28 +538,60 @@ def plot_sweep(path: Path, rows: list[dict]) -> None:
     save_figure(path, figure)
 
 
+def plot_causal(folder: Path, effects: list[dict], kept: list[dict]) -> None:
+    """effects.png: measured against predicted effects.  share.png: the gain that the k strongest coefficients reach alone, against k."""
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    x, y = [effect["predicted"] for effect in effects], [effect["set_back"]["mean"] for effect in effects]
+    axis.axline((0, 0), slope=1, color="grey", linewidth=0.6)
+    axis.errorbar(x, y, [effect["set_back"]["se"] or 0 for effect in effects], fmt=".", linewidth=0.7)
+    axis.set(xlabel="predicted: gradient × move", ylabel="measured: loss when set back, ± SE")
+    save_figure(folder / "effects.png", figure)
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    axis.errorbar([point["k"] for point in kept], [point["mean"] for point in kept], [point["se"] or 0 for point in kept], marker=".", linewidth=1)
+    axis.axhline(0.9 * kept[-1]["mean"], color="grey", linewidth=0.6, linestyle="--")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="features kept, strongest first; dashed: 90 % of the gain", ylabel="gain, standard deviations")
+    save_figure(folder / "share.png", figure)
+
+
 def save_figure(path: Path, figure) -> None:
     """Write a matplotlib figure as PNG, whole or not at all, and free it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)
     write_whole(path, lambda file: file.write(buffer.getvalue()))
 
 
-# --------------------------------------------------------------------------------------------------------------------- page
+# ------------------------------------------------------------------------------------------------------------------- report
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ddd; --soft: #666; --mark: 230, 140, 0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #3a3a3a; --soft: #a0a0a0; }
-  img { filter: invert(.88) hue-rotate(180deg); } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } img { max-width: 100%; } .soft { color: var(--soft); } .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; }
-td, th { border-bottom: 1px solid var(--line); padding: .35rem .5rem; text-align: left; vertical-align: top; }
-.card { border: 1px solid var(--line); border-radius: 6px; padding: .6rem 1rem; margin: 1rem 0; break-inside: avoid; }
-.context { font: 14px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; border-bottom: 1px dotted var(--line); }
-.token { border-radius: 3px; } code { font: 14px ui-monospace, monospace; overflow-wrap: anywhere; }
-"""
+def finished_runs(out: str | Path) -> list[dict]:
+    """-> the finished rlhf runs in a run folder, with (kl, gain) of each evaluation along training and at the end."""
+    runs = []
+    for folder in sorted(path.parent for path in Path(out).glob("rlhf-*/metrics.json")):
+        figures, config = read_json(folder / "metrics.json"), read_json(folder / "config.json")
+        log = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+        points = [(row["eval_kl"], row["eval_score_gain_std"]) for row in log if "eval_kl" in row]
+        runs.append({"name": folder.name.removeprefix("rlhf-"), "layers": str(config.get("layers", "")).strip("[]"), "reward": config.get("reward"),
+                     "figures": figures, "frontier": [*points, (figures["kl"], figures["score_gain_std"])]})
+    return runs
+
+
+def describe(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], texts: dict[int, Tensor], learned: dict[str, Tensor],
+             causal: Causal | None, cfg: InterpretConfig) -> dict:
+    """-> what the report says of features, SAEs and samples; `texts` are each layer's held-out windows."""
+    effects, cards, about = causal.effects if causal else {}, [], {}
+    for layer, sae in saes.items():
+        chosen = [i for where, i in effects if where == layer] if causal else None
+        own, about[layer] = make_cards(model, tokenizer, layer, sae, chosen, learned, texts[layer], cfg)
+        cards += own
+    if causal:
+        order = list(effects)
+        cards.sort(key=lambda card: order.index((card.layer, card.feature)))
+    for card in cards:
+        card.effect = effects.get((card.layer, card.feature))
+    samples = shown_samples(model, tokenizer, saes, causal, cards, cfg) if causal else []
+    return {"features": [asdict(card) for card in cards], "saes": about, "samples": samples, "causal": causal and causal.summary}
 
 
 def write_report(folder: str | Path, report: dict) -> Path:
@@ -286,62 +602,6 @@ def write_report(folder: str | Path, report: dict) -> Path:
     page = render_report(read_json(folder / "report.json"))
     write_whole(folder / "index.html", lambda file: file.write(page.encode()))
     return folder / "index.html"
-
-
-def render_report(report: dict) -> str:
-    """-> one self-contained HTML page; every text from a model or a file is escaped."""
-    cards = [FeatureCard(**card | {"contexts": [Context(**c) for c in card["contexts"]]}) for card in report["features"]]
-    up, down = [c for c in cards if c.coef - 1 + c.bias > 0], [c for c in cards if c.coef - 1 + c.bias < 0]
-    parts = [
-        f"<h1>{escape(report['title'])}</h1>",
-        "<p>RLHF learned one number for each SAE feature, the coefficient that scales its output vector; 1 leaves the model as it was. "
-        f"<b>{report['rlhf']['n_changed']}</b> of {report['num_features']} coefficients moved, the score rose by "
-        f"<b>{report['rlhf']['score_gain_std']:.2f} ± {report['rlhf']['score_gain_std_se']:.2f}</b> standard deviations at "
-        f"<b>{report['rlhf']['kl']:.2f}</b> nats from the reference.</p>",
-        *(f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">' for name, data in report["plots"].items()),
-        "<h2>Text before and after</h2><p class=soft>Held-out prompts; both continuations were drawn with the same random numbers.</p>",
-        samples_table(report["samples"]),
-        "<h2>Features turned up</h2>", *map(card_html, up), "<h2>Features turned down</h2>", *map(card_html, down),
-        "<h2>Figures</h2>", figures_table("RLHF", report["rlhf"]), figures_table("SAE", report["sae"]),
-        "<h2>Run</h2>", figures_table("Configuration", report["config"]), f"<p>Command: <code>{escape(report['command'])}</code></p>",
-    ]
-    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">'
-            f"<title>{escape(report['title'])}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>")
-
-
-def escape(text: object) -> str:
-    """HTML-escape, with control characters made visible."""
-    return html.escape("".join(c if c >= " " or c == "\n" else "�" for c in str(text)))
-
-
-def card_html(card: FeatureCard) -> str:
-    """-> one feature's card; its contexts are shaded in proportion to its strongest activation."""
-    peak = max((a for context in card.contexts for a in context.activations), default=1.0)
-    contexts = "".join(f'<div class=context>{"".join(token_html(t, a / peak) for t, a in zip(c.tokens, c.activations))}</div>' for c in card.contexts)
-    ends = (f"<p><b>{verb}</b> {' '.join(f'<code>{escape(repr(token)[1:-1])}</code> {value:+.2f}' for token, value in tokens)}</p>"
-            for verb, tokens in (("promotes", card.promoted), ("suppresses", card.suppressed)))
-    learned = f"c = {card.coef:.3f}" + (f", b = {card.bias:.3f}" if card.bias else "")
-    return (f'<div class=card id="f{card.layer}-{card.feature}"><b>Feature {card.feature}</b> (layer {card.layer}): {learned}, '
-            f"active on {100 * card.firing_rate:.2f} % of tokens{''.join(ends)}{contexts or '<p>silent on the text looked at</p>'}</div>")
-
-
-def token_html(token: str, strength: float) -> str:
-    """-> a token, shaded by `strength` in [0, 1]; line breaks are made visible."""
-    text = escape(token.replace("\n", "↵"))
-    return f'<span class=token style="background:rgba(var(--mark),{min(1, strength):.2f})">{text}</span>' if strength > 0 else text
-
-
-def samples_table(samples: list[dict]) -> str:
-    """-> prompts with the reference's and the policy's continuations and scores, side by side."""
-    rows = "".join(f"<tr><td>{escape(s['prompt'])}</td><td>{escape(s['before'])}<br><span class=soft>score {s['score_before']:.2f}</span></td>"
-                   f"<td>{escape(s['after'])}<br><span class=soft>score {s['score_after']:.2f}</span></td></tr>" for s in samples)
-    return f"<div class=wide><table><tr><th>prompt</th><th>reference</th><th>after RLHF</th></tr>{rows}</table></div>"
-
-
-def figures_table(title: str, figures: dict) -> str:
-    """-> a heading and a table of names and values."""
-    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(f'{v:.4g}' if isinstance(v, float) else v)}</td></tr>" for key, v in figures.items())
-    return f"<h3>{escape(title)}</h3><div class=wide><table>{rows}</table></div>"
 
 
 def inline_png(path: Path) -> str:

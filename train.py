@@ -81,28 +81,60 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
 
 
 def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, run: "Run") -> dict:
-    """Cards of the features that RLHF moved most, samples before and after, curves: one page."""
+    """What RLHF changed, feature by feature, and what each of them does to the reward: one page. With no RLHF run yet, a page on the SAE."""
     model, tokenizer = load_model(args)
-    layer, saes, rlhf_folder = args.layers[0], load_saes(args, model), folder_of(args, "rlhf")
-    trained, own_folder = saes[layer], sae_folder(args, layer)
-    if not (rlhf_folder / "metrics.json").exists() or args.policy != "coef":
-        raise UserError(f"{rlhf_folder} holds no finished run of --policy coef to interpret: run --stage rlhf first")
-    learned = read_safetensors(rlhf_folder / "policy.safetensors")
-    coef_F, bias_F = learned[f"{layer}.coef_F"], learned.get(f"{layer}.bias_F")
-    heldout_BT = read_safetensors(own_folder / "text.safetensors")["heldout"]
-    cards, firing_rate_F = interpret.make_cards(model, tokenizer, layer, trained, coef_F, bias_F, heldout_BT, cfg)
-    interpret.plot_coefficients(run.folder / "coefficients.png", coef_F, firing_rate_F)
-    plots = {"coefficients": run.folder / "coefficients.png", "RLHF": rlhf_folder / "curves.png", "SAE": own_folder / "curves.png"}
-    plots = {name: path for name, path in plots.items() if path.exists()}                # an SAE of --sae-load has no curves
-    page = interpret.write_report(run.folder, {
-        "title": f"What RLHF changed in {model_name(args)}, layer {layer}", "num_features": trained.num_features,
-        "rlhf": read_json(rlhf_folder / "metrics.json"), "sae": read_json(own_folder / "metrics.json"),
-        "config": read_json(rlhf_folder / "config.json"), "command": shlex.join(["python", *sys.argv]),
+    folder = folder_of(args, "rlhf")
+    finished = (folder / "metrics.json").exists()
+    if args.policy != "coef" or args.tag and not finished:
+        raise UserError(f"{folder} holds no finished run of --policy coef to interpret: run --stage rlhf first")
+    learned = read_safetensors(folder / "policy.safetensors") if finished else {}
+    args = argparse.Namespace(**vars(args) | {"layers": sorted({int(name.split(".")[0]) for name in learned}) or args.layers})
+    saes, folders = load_saes(args, model), {layer: sae_folder(args, layer) for layer in args.layers}
+    texts = {layer: read_safetensors(path / "text.safetensors")["heldout"] for layer, path in folders.items()}
+    config, runs = read_json((folder if finished else folders[args.layers[0]]) / "config.json"), interpret.finished_runs(args.out)
+    causal = interpret.causal_effects(*learned_policy(args, cfg, model, tokenizer, saes, learned, config), cfg) if finished else None
+    plots = {"RLHF": folder / "curves.png"} | {f"SAE {layer}": path / "curves.png" for layer, path in folders.items()}
+    if causal:
+        plots |= {name: run.folder / f"{name}.png" for name in ("coefficients", "frontier", "effects", "share")}
+        interpret.plot_causal(run.folder, list(causal.effects.values()), causal.summary["kept"])
+        interpret.plot_coefficients(plots["coefficients"], {layer: learned[f"{layer}.coef_F"] for layer in args.layers})
+        interpret.plot_frontier(plots["frontier"], {r["name"]: [r["frontier"]] for r in runs if r["reward"] == config["reward"]})
+    report = interpret.describe(model, tokenizer, saes, texts, learned, causal, cfg)
+    for layer, path in folders.items():
+        report["saes"][layer]["metrics"] = read_json(path / "metrics.json")
+    commands = [command_line(args, "sae", read_json(path / "config.json")) for path in folders.values()]
+    page = interpret.write_report(run.folder, report | {
+        "title": f"{'What RLHF changed in' if finished else 'The features of'} {model_name(args)}, layer {', '.join(map(str, args.layers))}",
+        "name": folder.name.removeprefix("rlhf-"), "rlhf": read_json(folder / "metrics.json") if finished else None, "runs": runs, "config": config,
+        "commands": commands + ([command_line(args, "rlhf", config)] if finished else []) + [shlex.join(["python", *sys.argv])],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "features": [dataclasses.asdict(card) for card in cards], "samples": read_json(rlhf_folder / "samples.json")[:cfg.samples],
-        "plots": {name: interpret.inline_png(path) for name, path in plots.items()}})
+        "plots": {name: interpret.inline_png(path) for name, path in plots.items() if path.exists()}})         # --sae-load leaves no curves
     print(f"report: {page}")
-    return {"cards": len(cards)}
+    return {"features": len(report["features"])} | ({key: causal.summary[key] for key in ("r", "r_other_prompts", "carriers")} if causal else {})
+
+
+def learned_policy(args: argparse.Namespace, cfg: interpret.InterpretConfig, model: Pythia, tokenizer: Tokenizer, saes: dict[int, sae.SAE],
+                   learned: dict[str, Tensor], config: dict) -> tuple[ppo.EditPolicy, ppo.Evaluation]:
+    """-> the policy of a finished run, and the evaluation of its own reward on its held-out prompts, by samples that the run has not seen."""
+    rlhf = ppo.PPOConfig(**{f.name: config[f.name] for f in dataclasses.fields(ppo.PPOConfig) if f.name in config})
+    rlhf = dataclasses.replace(rlhf, eval_samples=min(max(cfg.effect_samples, cfg.fresh_samples), rlhf.eval_samples))
+    policy = ppo.make_policy("coef", model, args.layers, saes, rlhf, config["edit"])
+    ppo.Trainable(policy).load_state_dict(learned)
+    prompts = ppo.Prompts(read_prompts(config["eval_prompts"]), tokenizer, rlhf.response_tokens, model.cfg.max_positions, args.device)
+    score_fn = reward.load_reward(config["reward"], tokenizer, args.dtype, args.device)
+    return policy, ppo.Evaluation(model, prompts, score_fn, rlhf, seed=2_000_000 + int(config["seed"]))
+
+
+def command_line(args: argparse.Namespace, stage: str, config: dict) -> str:
+    """-> the command that makes a stage's result again: the options in its config.json that are not the defaults."""
+    default, words = vars(parse([])), ["python", "train.py", "--stage", stage, "--out", args.out]
+    for name, value in {**config, "layer": ",".join(re.findall(r"\d+", config["layers"])), "tag": args.tag if stage == "rlhf" else ""}.items():
+        option = name if name in default else f"{stage}_{name}"
+        usual = json.loads(json.dumps(default.get(option, value)))
+        if str(value).removeprefix("torch.") != str(usual):
+            text = ",".join(map(str, value)) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)
+            words += [f"--{option.replace('_', '-')}", str(text).removeprefix("torch.")]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -637,11 +669,13 @@ def need(value: str | None, option: str) -> str:
 
 
 def folder_of(args: argparse.Namespace, stage: str) -> Path:
-    """-> OUT/STAGE; OUT/rlhf-POLICY-TAG; the report has its own."""
+    """-> OUT/STAGE; OUT/rlhf-POLICY-TAG, whose report is OUT/report-TAG; OUT/report-sae where there is no such run yet."""
     tag = f"-{args.tag}" if args.tag else ""
     if stage == "sae":
         return sae_folder(args, *args.layers)
-    return Path(args.out) / ({"rlhf": f"rlhf-{args.policy}", "interpret": "report"}.get(stage, stage) + tag)
+    rlhf = Path(args.out) / f"rlhf-{args.policy}{tag}"
+    report = f"report{tag}" if (rlhf / "metrics.json").exists() else "report-sae"
+    return {"rlhf": rlhf, "interpret": Path(args.out) / report}.get(stage, Path(args.out) / (stage + tag))
 
 
 def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:

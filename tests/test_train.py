@@ -50,12 +50,30 @@ def test_report_is_one_self_contained_page(whole):
     page = (whole / "report" / "index.html").read_text()
     report = read_json(whole / "report" / "report.json")
     coef_F = read_safetensors(whole / "rlhf-coef" / "policy.safetensors")["2.coef_F"]
-    moves = [card["coef"] - 1 for card in report["features"]]
-    assert max(moves) == pytest.approx((coef_F - 1).max().item()) and min(moves) == pytest.approx((coef_F - 1).min().item())
+    assert len(report["features"]) == 8
     for card in report["features"]:
-        assert f"Feature {card['feature']}" in page and f"{card['coef']:.3f}" in page
+        assert card["coef"] == pytest.approx(coef_F[card["feature"]].item()) != 1
+        assert f"Feature 2.{card['feature']}" in page and f"{card['coef']:.3f}" in page and card["effect"]["set_back"]["ess"] > 1
     assert len(report["samples"]) == 16 and report["samples"][0]["before"] != ""
-    assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
+    for sample in report["samples"]:
+        assert sample["after"] == "".join(token for token, _ in sample["tokens_after"]) or "\ufffd" in sample["after"]       # a cut character
+    assert report["causal"]["moved"] == read_json(whole / "rlhf-coef" / "metrics.json")["n_changed"]
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert set(report["plots"]) == {"coefficients", "frontier", "effects", "share", "RLHF", "SAE 2"}
+    command = report["commands"][1].split()
+    assert command[:4] == ["python", "train.py", "--stage", "rlhf"] and command[command.index("--rlhf-episodes") + 1] == "16"
+    assert "--rlhf-kl-target" not in command and "--corpus" not in command         # at their defaults
+
+
+def test_interpret_of_an_sae_alone(whole, tmp_path):
+    shutil.copytree(whole / "sae", tmp_path / "sae")
+    assert run("--stage", "interpret", "--tag", "none", out=tmp_path) == 2 and not (tmp_path / "report-none").exists()
+    assert run("--stage", "interpret", out=tmp_path) == 0
+    report = read_json(tmp_path / "report-sae" / "report.json")
+    assert report["rlhf"] is None and len(report["features"]) == 8 and {card["coef"] for card in report["features"]} == {1.0}
+    scores = [card["explanation"] for card in report["features"]]
+    assert scores == sorted(scores, reverse=True) and report["saes"]["2"]["explanations"]["SAE features"]["pearson"]["mean"] <= scores[0]
+    assert "No RLHF run yet" in (tmp_path / "report-sae" / "index.html").read_text()
 
 
 def test_resume_skips_finished_stages_and_refuses_another_run(whole, capsys):
@@ -86,7 +104,10 @@ def test_several_layers_each_with_its_own_sae(whole, capsys):
     assert set(learned) == {"1.coef_F", "2.coef_F"} and all((coef_F != 1).any() for coef_F in learned.values())
     texts = [read_safetensors(whole / name / "text.safetensors") for name in ("sae", "sae-1")]
     assert texts[0]["train"].equal(texts[1]["train"])                  # one text for both
-    assert run("--stage", "interpret", "--layer", "1,2", "--tag", "two", out=whole) == 0
+    assert run("--stage", "interpret", "--tag", "two", out=whole) == 0
+    report = read_json(whole / "report-two" / "report.json")
+    assert list(report["saes"]) == ["1", "2"] and {card["layer"] for card in report["features"]} <= {1, 2} and "layer 1, 2" in report["title"]
+    assert {run["name"] for run in report["runs"]} >= {"coef", "coef-two"} and "--layer 1,2" in report["commands"][2]
 
 
 def few_prompts(folder: Path) -> list[str]:
