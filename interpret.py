@@ -333,7 +333,7 @@ class Samples:
     def __init__(self, policy: EditPolicy, evaluation: Evaluation, sampled: Evaluated, per_prompt: int, unit: float, reference: bool = False):
         self.policy, self.evaluation, self.per_prompt = policy, evaluation, min(per_prompt, evaluation.cfg.eval_samples)
         first_B = torch.arange(len(sampled.scores_B), device=sampled.scores_B.device) % evaluation.cfg.eval_samples < self.per_prompt
-        self.sampled = sampled = Evaluated({}, *(part[first_B] for part in sampled[1:]))
+        self.sampled = sampled = Evaluated({}, *(part[first_B] for part in sampled[1:4]))
         self.rollout = ppo.join([ppo.observe(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], evaluation.cfg)
                                  for rows in ppo.slices(len(sampled.tokens_BT), evaluation.cfg.micro_batch)])
         self.old_BR = self.rollout.ref_logprobs_BR if reference else self.rollout.logprobs_BR
