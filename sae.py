@@ -11,6 +11,7 @@ References:
 import copy
 import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -632,7 +633,7 @@ def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generato
             sae.b_dec_D.copy_(buffer.rows_ND.float().mean(0) * scale)         # the mean, where the paper has the geometric median
         trainers[f"trainer{i}"] = SAETrainer(sae, scale, each, generator)
     steps = trainers["trainer0"].steps
-    first = run.restore(**trainers, buffer=buffer, generator=generator)
+    first, begun = run.restore(**trainers, buffer=buffer, generator=generator), time.monotonic()
     bar = tqdm(range(first, steps), desc="sae", initial=first, total=steps, unit="tok", unit_scale=cfg.batch_size)
     for step in bar:
         x_ND = buffer.draw(cfg.batch_size)
@@ -647,6 +648,7 @@ def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generato
                 run.log(step=step, **(some if len(cfgs) == 1 else {"objective": each.objective, "target": each.l0} | some))
             bar.set_postfix(fvu=f"{figures[0]['fvu']:.3f}", l0=f"{figures[0]['l0']:.1f}", dead=f"{figures[0]['dead']:.3f}")
         run.checkpoint(step + 1, cfg.checkpoint_seconds, **trainers, buffer=buffer, generator=generator)
+    run.tokens_per_second = (steps - first) * cfg.batch_size / (time.monotonic() - begun)              # of this process, where resumed
     sample_ND = buffer.rows_ND[buffer.shuffled_N[:cfg.refit_rows].to(device)]
     return [trainer.finished(sample_ND) for trainer in trainers.values()]
 

@@ -43,7 +43,7 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
         trained = sae.train_sae(model, layer, train_BT, cfg, run, generator)
         interpret.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
     trained.save(run.folder, model_name=model_name(args), layer=layer, context=train_BT.shape[1])
-    return sae.evaluate_sae(model, layer, trained, heldout_BT)
+    return sae.evaluate_sae(model, layer, trained, heldout_BT) | ({} if cfg.load else {"tokens_per_second": run.tokens_per_second})
 
 
 def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict:
