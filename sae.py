@@ -11,6 +11,7 @@ References:
 import copy
 import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ class SAEConfig:
     objective: str = "l1"                # a name in OBJECTIVES
     l0: float = 31.0                     # features active a token to aim at (topk, batchtopk: k); 0: leave l1_coef as it is
     l1_coef: float = 1.0                 # weight of the sparsity penalty, beside squares summed over D, where E‖x‖² = D
-    l0_rate: float = 0.01                # most that log l1_coef moves a step to reach the target
+    l0_path: float = 0.3                 # share of the steps over which the target itself comes down to l0, from the F/2 of the start
+    l0_rate: float = 0.01                # most that log l1_coef moves a step to follow it
     tokens: int = 1_800_000              # rows trained on in all
     batch_size: int = 512                # rows a step
     lr: float = 2e-3                     # Adam, betas 0.9 and 0.999
@@ -444,8 +446,7 @@ class ActivationBuffer:
 
     def state_dict(self) -> dict:
         """All that a resumed run needs to draw the very same rows."""
-        return {"rows_ND": self.rows_ND, "order_B": self.order_B, "next_window": self.next_window, "shuffled_N": self.shuffled_N,
-                "drawn": self.drawn}
+        return {name: getattr(self, name) for name in ("rows_ND", "order_B", "next_window", "shuffled_N", "drawn")}
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
@@ -470,7 +471,11 @@ class SAETrainer:
         for name, value in self.objective.vectors.items():
             setattr(sae, name, nn.Parameter(torch.full_like(sae.b_enc_F, value)))
         self.steps = max(1, cfg.tokens // cfg.batch_size)
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, fused=True)
+        # Adam moves every number by lr or so: all D of an encoder column together z by about √D lr, a bias or threshold only by lr. Where
+        # these have to answer a penalty they get √D lr as well, else L0 lags l1_coef by a thousand steps, and the controller overshoots.
+        fast = {"b_enc_F", "b_mag_F", "threshold_F"} if self.objective.penalty else set()
+        self.optimizer = torch.optim.Adam([{"params": [p for name, p in sae.named_parameters() if (name in fast) == is_fast], "times": times}
+                                           for is_fast, times in ((False, 1.0), (True, math.sqrt(len(sae.b_dec_D))))], lr=cfg.lr, fused=True)
         self.l1_coef = cfg.l1_coef
         self.mean_l0 = None                          # moving average of the last ten steps or so
         self.silent_F = torch.zeros(sae.num_features, dtype=torch.long, device=sae.W_dec_FD.device)     # steps since a feature fired
@@ -480,7 +485,8 @@ class SAETrainer:
         cfg, sae, objective, x_ND = self.cfg, self.sae, self.objective, x_ND.float() * self.scale
         done = step / self.steps
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup * self.steps), (1 - done) / max(cfg.lr_decay, 1e-9))
+            group["lr"] = group["times"] * cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup * self.steps),
+                                                        (1 - done) / max(cfg.lr_decay, 1e-9))
         l1_coef = self.l1_coef * min(1.0, done / max(cfg.l1_warmup, 1e-9))
         with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):     # parameters and loss stay float32
             pre_NF = sae.pre(x_ND).float()
@@ -523,10 +529,12 @@ class SAETrainer:
         return sae.requires_grad_(False)
 
     def control(self, l0: float, done: float) -> None:
-        """Move log l1_coef towards the L0 target, in proportion to the relative error of L0 (an integral controller)."""
+        """Move log l1_coef in proportion to the relative error of L0 (an integral controller). Its target falls to the stated one geometrically,
+        over a share of the run: features that are pressed to it at once die before they have learned a direction."""
         self.mean_l0 = l0 if self.mean_l0 is None else 0.9 * self.mean_l0 + 0.1 * l0
         if self.cfg.l0 and done >= self.cfg.l1_warmup:
-            error = math.log(max(self.mean_l0, 1e-3) / self.cfg.l0)
+            start, left = self.sae.num_features / 2, max(0.0, 1 - done / max(self.cfg.l0_path, 1e-9))
+            error = math.log(max(self.mean_l0, 1e-3) / self.cfg.l0) - left * math.log(start / self.cfg.l0)
             self.l1_coef *= math.exp(self.cfg.l0_rate * max(-1.0, min(1.0, error)))
 
     def dead_F(self) -> Tensor:
@@ -544,8 +552,8 @@ class SAETrainer:
         return int(dead_F.sum())
 
     def state_dict(self) -> dict:
-        return {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "scale": self.scale,
-                "l1_coef": self.l1_coef, "mean_l0": self.mean_l0, "silent_F": self.silent_F}
+        return {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "scale": self.scale, "l1_coef": self.l1_coef,
+                "mean_l0": self.mean_l0, "silent_F": self.silent_F}
 
     def load_state_dict(self, state: dict) -> None:
         self.sae.load_state_dict(state["sae"])
@@ -570,9 +578,10 @@ def normalize_decoder(sae: SAE) -> None:
 def resample_dead(sae: SAE, optimizer: torch.optim.Adam, dead_F: Tensor, x_ND: Tensor, generator: torch.Generator) -> None:
     """Neuron resampling of Bricken et al. 2023: point dead features at inputs that the SAE reconstructs badly.
 
-    For each, an input is drawn with probability ∝ (its loss)². The decoder row becomes that input minus b_dec at norm 1, the
-    encoder column the same direction at 0.2 × the mean norm of the alive columns, the bias 0, and Adam's moments of exactly
-    these entries 0. All other entries keep every bit.
+    For each, an input is drawn with probability ∝ (its loss)². The decoder row becomes that input minus b_dec at norm 1, the encoder
+    column the same direction at the mean norm of the alive columns, the bias 0, and Adam's moments of exactly these entries 0. All other
+    entries keep every bit. The paper gives the columns 0.2 × that norm: of features so small the penalty silenced 9 of 24 again before they
+    had learned a direction, of these none (planted rows, 8 killed in each of 3 runs).
     """
     num_dead = int(dead_F.sum())
     if not num_dead:
@@ -583,7 +592,7 @@ def resample_dead(sae: SAE, optimizer: torch.optim.Adam, dead_F: Tensor, x_ND: T
     direction_GD = F.normalize(x_ND[drawn.to(x_ND.device)] - sae.b_dec_D, dim=-1)           # G: the dead features
     alive_norm = sae.W_enc_DF[:, ~dead_F].norm(dim=0).mean() if num_dead < len(dead_F) else 1.0
     sae.W_dec_FD[dead_F] = direction_GD
-    sae.W_enc_DF[:, dead_F] = 0.2 * alive_norm * direction_GD.T
+    sae.W_enc_DF[:, dead_F] = alive_norm * direction_GD.T
     sae.b_enc_F[dead_F] = 0
     for parameter, entries in ((sae.W_dec_FD, dead_F), (sae.W_enc_DF, (slice(None), dead_F)), (sae.b_enc_F, dead_F)):
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -632,7 +641,7 @@ def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generato
             sae.b_dec_D.copy_(buffer.rows_ND.float().mean(0) * scale)         # the mean, where the paper has the geometric median
         trainers[f"trainer{i}"] = SAETrainer(sae, scale, each, generator)
     steps = trainers["trainer0"].steps
-    first = run.restore(**trainers, buffer=buffer, generator=generator)
+    first, begun = run.restore(**trainers, buffer=buffer, generator=generator), time.monotonic()
     bar = tqdm(range(first, steps), desc="sae", initial=first, total=steps, unit="tok", unit_scale=cfg.batch_size)
     for step in bar:
         x_ND = buffer.draw(cfg.batch_size)
@@ -647,6 +656,7 @@ def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generato
                 run.log(step=step, **(some if len(cfgs) == 1 else {"objective": each.objective, "target": each.l0} | some))
             bar.set_postfix(fvu=f"{figures[0]['fvu']:.3f}", l0=f"{figures[0]['l0']:.1f}", dead=f"{figures[0]['dead']:.3f}")
         run.checkpoint(step + 1, cfg.checkpoint_seconds, **trainers, buffer=buffer, generator=generator)
+    run.tokens_per_second = (steps - first) * cfg.batch_size / (time.monotonic() - begun)              # of this process, where resumed
     sample_ND = buffer.rows_ND[buffer.shuffled_N[:cfg.refit_rows].to(device)]
     return [trainer.finished(sample_ND) for trainer in trainers.values()]
 
@@ -669,9 +679,7 @@ def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, batch_s
     """
     sum_D = torch.zeros(model.cfg.hidden_size, dtype=torch.float64, device=model.device)
     fired_F = torch.zeros(sae.num_features, dtype=torch.float64, device=model.device)
-    totals = dict.fromkeys(("square", "error", "l0", "l1", "shrinkage"), 0.0)
-    rows = 0
-    norm_F = sae.W_dec_FD.norm(dim=-1)
+    totals, rows = dict.fromkeys(("square", "error", "l1", "shrinkage"), 0.0), 0
     for batch_BT in tokens_BT.split(batch_size):
         x_ND = mlp_rows(model, layer, batch_BT).float()
         features_NF = sae.encode(x_ND)
@@ -679,16 +687,13 @@ def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, batch_s
         rows += len(x_ND)
         sum_D += x_ND.double().sum(0)
         fired_F += (features_NF > 0).sum(0)
-        totals["square"] += x_ND.double().square().sum().item()
-        totals["error"] += (x_ND - reconstruction_ND).double().square().sum().item()
-        totals["l0"] += (features_NF > 0).sum().item()
-        totals["l1"] += (features_NF * norm_F).double().sum().item()
-        totals["shrinkage"] += (reconstruction_ND.norm(dim=-1) / x_ND.norm(dim=-1)).double().sum().item()
-    mean_D = sum_D / rows
+        for name, value in (("square", x_ND.double().square()), ("error", (x_ND - reconstruction_ND).double().square()),
+                            ("l1", features_NF @ sae.W_dec_FD.norm(dim=-1)), ("shrinkage", reconstruction_ND.norm(dim=-1) / x_ND.norm(dim=-1))):
+            totals[name] += value.double().sum().item()
+    mean_D, rate_F = sum_D / rows, fired_F / rows
     variance = totals["square"] - rows * mean_D.square().sum().item()
-    rate_F = fired_F / rows
     decades = torch.bucketize(rate_F, torch.tensor([0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], device=rate_F.device, dtype=rate_F.dtype))
-    figures = {"mse": totals["error"] / rows, "fvu": totals["error"] / variance, "l0": totals["l0"] / rows, "l1": totals["l1"] / rows,
+    figures = {"mse": totals["error"] / rows, "fvu": totals["error"] / variance, "l0": rate_F.sum().item(), "l1": totals["l1"] / rows,
                "shrinkage": totals["shrinkage"] / rows, "dead_fraction": (fired_F == 0).double().mean().item(),
                "rare_fraction": (rate_F < 1e-5).double().mean().item(), "dense_fraction": (rate_F > 0.01).double().mean().item(),
                "density": torch.bincount(decades, minlength=7).tolist(), "rows": rows}

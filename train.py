@@ -49,8 +49,9 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
         interpret.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
     trained.save(run.folder, model_name=model_name(args), layer=layer, context=train_BT.shape[1])
     features_NF = trained.encode(sae.mlp_rows(model, layer, heldout_BT).float())
-    return sae.evaluate_sae(model, layer, trained, heldout_BT) | {
-        "explanation_score": interpret.explanation_score(features_NF, heldout_BT).pearson_F.nanmean().item()}
+    explained_F = interpret.explanation_score(features_NF, heldout_BT).pearson_F
+    return sae.evaluate_sae(model, layer, trained, heldout_BT) | {"explanation_score": explained_F.nanmean().item()} | (
+        {} if cfg.load else {"tokens_per_second": run.tokens_per_second})
 
 
 def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict:

@@ -200,6 +200,10 @@ def test_controller_moves_l1_coef_towards_the_l0_target():
         for _ in range(5):
             trainer.control(l0, done=0.5)
         assert np.sign(trainer.l1_coef - 1) == direction and abs(np.log(trainer.l1_coef)) <= 5 * 0.02 + 1e-9
+    for l0, direction in ((20.1, 1), (20.0, 0), (19.9, -1)):     # half way from F/2 = 40 to 10, geometrically
+        trainer, _ = trained_a_little(random_sae(), steps=0, l0=10.0, l0_path=0.4)
+        trainer.control(l0, done=0.2)
+        assert np.sign(round(np.log(trainer.l1_coef), 9)) == direction
 
 
 def test_dead_means_silent_over_the_window():
@@ -243,7 +247,7 @@ def test_resampling_changes_exactly_the_dead_features():
     torch.testing.assert_close(cosine_GN.max(0).values, torch.ones(3), atol=1e-5, rtol=0)
     assert len(set(cosine_GN.argmax(0).tolist())) == 3           # three inputs, no two features alike
     norm = before["W_enc_DF 0"][~dead_F].norm(dim=-1).mean()
-    torch.testing.assert_close(column_GD, 0.2 * norm * row_GD)
+    torch.testing.assert_close(column_GD, norm * row_GD)
     torch.testing.assert_close(row_GD.norm(dim=-1), torch.ones(3))
     assert after["b_enc_F 0"][dead_F].eq(0).all()
 
@@ -424,6 +428,35 @@ def test_planted_features_are_found(name):
     sae, = train_on_rows(rows, [cfg], NoRun(), generator)
     assert mmcs(rows.directions_GD, sae.W_dec_FD) > 0.9
     assert (sae.encode(rows.rows_ND) > 0).any(0).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("resample", [True, False])
+def test_resampling_revives_features_made_dead_on_purpose(resample):
+    generator = seeded()
+    rows = PlantedRows(16_384, generator, directions=32, d_in=32, active=2)
+    cfg = SAEConfig(num_features=32, l0=2.0, tokens=128 * 800, batch_size=128, lr=5e-3, resample_at=(0.5, 0.7), dead_window=0.1)
+    trainer, dead = SAETrainer(SAE(32, 32, generator), 4.0, cfg, generator), []
+    for step in range(800):
+        trainer.step(step, rows.draw(128))
+        if step == 300:
+            trainer.sae.b_enc_F.data[:8] = -1e4                  # silent from now on, whatever the optimizer does
+        if trainer.resample_due(step) and resample:
+            dead.append(trainer.resample(rows.draw(1024)))
+    sae = trainer.finished(rows.rows_ND)
+    alive_F, found = (sae.encode(rows.rows_ND) > 0).any(0), mmcs(rows.directions_GD, sae.W_dec_FD)
+    assert alive_F[8:].all() and alive_F[:8].all() == alive_F[:8].any() == resample
+    assert dead == [8, 0] and found > 0.9 if resample else found < 0.9, (dead, found)
+
+
+def test_biases_keep_up_with_the_penalty():
+    """A step of a bias or threshold is √D times a weight's, where a penalty presses on them; TopK's is not: its features would die."""
+    for name, objective in OBJECTIVES.items():
+        trainer, x_ND = objective_trainer(name)
+        before = {key: value.detach().clone() for key, value in trainer.sae.named_parameters()}
+        trainer.step(50, x_ND)                                   # Adam's first step is of size lr
+        moved = {key: (value.detach() - before[key]).abs().max().item() for key, value in trainer.sae.named_parameters()}
+        for key in {"b_enc_F", "b_mag_F", "threshold_F"} & set(moved) - ({"threshold_F"} if name == "batchtopk" else set()):
+            assert moved[key] / moved["W_enc_DF"] == pytest.approx(D ** 0.5 if objective.penalty else 1, rel=0.05), (name, key)
 
 
 def test_several_objectives_train_on_the_same_rows_and_resume(tmp_path):

@@ -38,7 +38,8 @@ def test_every_stage_writes_its_files(whole):
         assert {"config.json", "metrics.json", "metrics.jsonl", "curves.png"} <= {p.name for p in (whole / folder).iterdir()}
     assert (whole / "report" / "report.json").exists()
     sae, rlhf = read_json(whole / "sae" / "metrics.json"), read_json(whole / "rlhf-coef" / "metrics.json")
-    assert set("mse fvu l0 l1 dead_fraction shrinkage ce_base ce_sae ce_zero ce_mean ce_recovered seconds".split()) <= set(sae)
+    assert set("mse fvu l0 l1 dead_fraction shrinkage ce_base ce_sae ce_zero ce_mean ce_recovered tokens_per_second "
+               "seconds".split()) <= set(sae)
     assert set("score_ref score_policy score_gain_std reward_loss kl entropy n_changed trainable_parameters seconds seconds_per_iteration "
                "peak_memory_gib gold_gain_std".split()) <= set(rlhf)
     assert rlhf["trainable_parameters"] == 128 and 0 < rlhf["n_changed"] <= 128 and rlhf["kl"] > 0
