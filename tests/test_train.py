@@ -54,7 +54,7 @@ def test_report_is_one_self_contained_page(whole):
     assert len(report["features"]) == 8
     for card in report["features"]:
         assert card["coef"] == pytest.approx(coef_F[card["feature"]].item()) != 1
-        assert f"Feature 2.{card['feature']}" in page and f"{card['coef']:.3f}".replace("-", "−") in page and card["effect"]["set_back"]["ess"] > 1
+        assert f"Feature 2.{card['feature']}" in page and f"{abs(card['coef']):.3f}" in page and card["effect"]["set_back"]["ess"] > 1
     assert len(report["samples"]) == 16 and report["samples"][0]["before"] != ""
     for sample in report["samples"]:
         assert sample["after"] == "".join(token for token, _ in sample["tokens_after"]) or "\ufffd" in sample["after"]       # a cut character
