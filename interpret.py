@@ -334,7 +334,7 @@ class Samples:
         self.policy, self.evaluation, self.per_prompt = policy, evaluation, min(per_prompt, evaluation.cfg.eval_samples)
         first_B = torch.arange(len(sampled.scores_B), device=sampled.scores_B.device) % evaluation.cfg.eval_samples < self.per_prompt
         self.sampled = sampled = Evaluated({}, *(part[first_B] for part in sampled[1:4]))
-        self.rollout = ppo.join([ppo.observe(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], evaluation.cfg)
+        self.rollout = ppo.join([ppo.make_rollout(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], evaluation.cfg)
                                  for rows in ppo.slices(len(sampled.tokens_BT), evaluation.cfg.micro_batch)])
         self.old_BR = self.rollout.ref_logprobs_BR if reference else self.rollout.logprobs_BR
         self.score_B = sampled.scores_B / unit
@@ -555,7 +555,7 @@ def plot_causal(folder: Path, effects: list[dict], kept: list[dict]) -> None:
     save_figure(folder / "share.png", figure)
 
 
-def save_figure(path: Path, figure) -> None:
+def save_figure(path: Path, figure: plt.Figure) -> None:
     """Write a matplotlib figure as PNG, whole or not at all, and free it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)

@@ -13,9 +13,9 @@ import functools
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from tqdm import tqdm
 
 from pythia import Pythia, Tokenizer, UserError, check_finite, pad_left
 from sae import SAE
+
+if TYPE_CHECKING:
+    from train import Run
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 POLICIES = ("coef", "random", "neurons", "steer", "lora", "full")
@@ -104,19 +107,21 @@ class FeatureScale(nn.Module):
         return sparse(self.sae.encode(mlp_BTD.to(self.sae.W_dec_FD.dtype)))
 
     def change(self, features: SparseFeatures) -> Tensor:
-        """((c − 1) ⊙ f) W_dec (+ b W_dec) -> change_BTD. A token has some 30 active features of thousands; only theirs are added up."""
+        """((c − 1) ⊙ f) W_dec (+ b W_dec) -> change_BTD. A token has some 30 active features of thousands; only theirs are added up.
+
+        Here PPO's gradient reaches c, by autograd: ∂loss/∂c_i = Σ over tokens of f_i · (d_i · ∂loss/∂change), d_i the feature's vector.
+        """
         B, T, A = features.ids_BTA.shape
         active_NA = features.values_BTA.view(-1, A) != 0
         count_N = active_NA.sum(1)
         id_X, value_X = (part_BTA.view(-1, A)[active_NA] for part_BTA in features)             # X: all active features of all tokens
         scale_X = (self.coef_F - 1).index_select(0, id_X) * value_X
-        change_BTD = F.embedding_bag(id_X, self.sae.W_dec_FD, count_N.cumsum(0) - count_N, per_sample_weights=scale_X,
-                                     mode="sum").view(B, T, -1)
+        start_N = count_N.cumsum(0) - count_N                                                  # where each token's begin
+        change_BTD = F.embedding_bag(id_X, self.sae.W_dec_FD, start_N, per_sample_weights=scale_X, mode="sum").view(B, T, -1)
         return change_BTD if self.bias_F is None else change_BTD + self.bias_F @ self.sae.W_dec_FD
 
-
     def gradients(self, features: SparseFeatures, gradient_BTD: Tensor) -> dict[str, Tensor]:
-        """A gradient by the change -> that by coef_F and bias_F, episode by episode, (B, F)."""
+        """A gradient by the change -> that by coef_F and bias_F, episode by episode, (B, F): for `Screen` alone."""
         along_BTF = gradient_BTD.to(self.sae.W_dec_FD.dtype) @ self.sae.W_dec_FD.T
         each_BTA = along_BTF.gather(-1, features.ids_BTA) * features.values_BTA
         coef_BF = along_BTF.new_zeros(len(along_BTF), self.sae.num_features).scatter_add(1, features.ids_BTA.flatten(1), each_BTA.flatten(1))
@@ -199,6 +204,7 @@ class EditPolicy:
         return {f"{layer}.{name}": p for layer, edit in self.edits.items() for name, p in edit.named_parameters() if p.requires_grad}
 
     def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Trunk:
+        """-> what of these episodes no learned number can change: computed once a rollout, whatever is updated later."""
         resid_BTD, mlp_BTD, neurons_BTM = self.model.trunk(tokens_BT, self.lowest, mask_BT)
         ref_hidden_BRD = self.model.hidden_from(resid_BTD, self.lowest, mask_BT)[:, -R - 1:-1]
         return Trunk(ref_hidden_BRD, resid_BTD, self.edits[self.lowest].encode(mlp_BTD, neurons_BTM))
@@ -428,7 +434,7 @@ class Rollout:
         return self.kl_BR.sum(1).mean().item()
 
 
-def select(value, rows: Tensor | slice):
+def select(value: Any, rows: Tensor | slice) -> Any:
     """-> the given rows (episodes) of a tensor, of a (named) tuple, dataclass or of None."""
     if value is None or isinstance(value, Tensor):
         return value if value is None else value[rows]
@@ -437,7 +443,7 @@ def select(value, rows: Tensor | slice):
     return type(value)(**{field.name: select(getattr(value, field.name), rows) for field in fields(value)})
 
 
-def join(parts: list):
+def join(parts: list) -> Any:
     """The reverse of `select`: one value of many parts, in order. Sparse features are padded to the widest part."""
     first = parts[0]
     if first is None:
@@ -457,7 +463,7 @@ def collect_rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, 
                      generator: torch.Generator) -> Rollout:
     """Sample one response a row of the prompts, and compute all that an iteration needs of them, in micro-batches."""
     tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT, prompt_mask_BT, end_of_text, cfg, generator)
-    return join([observe(policy, tokens_BT[rows], mask_BT[rows], cfg) for rows in slices(len(tokens_BT), cfg.micro_batch)])
+    return join([make_rollout(policy, tokens_BT[rows], mask_BT[rows], cfg) for rows in slices(len(tokens_BT), cfg.micro_batch)])
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -465,7 +471,7 @@ def slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, length, size))
 
 
-def respond(model: Pythia, edits, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
+def respond(model: Pythia, edits: dict, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
             generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out."""
     R = cfg.response_tokens
@@ -477,7 +483,7 @@ def respond(model: Pythia, edits, prompt_BT: Tensor, prompt_mask_BT: Tensor, end
 
 
 @torch.no_grad()
-def observe(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig) -> Rollout:
+def make_rollout(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig) -> Rollout:
     """Compute logprobs (through the training path, so that the first ratio is exactly 1), KL and entropy of responses."""
     R = cfg.response_tokens
     mask_BR, response_BR = mask_BT[:, -R:], tokens_BT[:, -R:]
@@ -607,7 +613,7 @@ class Prompts:
         return self.tokens_BT[order], self.mask_BT[order]
 
 
-def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfig, run,
+def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfig, run: "Run",
               generator: torch.Generator, evaluation: "Evaluation | None" = None) -> Policy:
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
@@ -641,7 +647,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
             break
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - iteration / cfg.iterations)
-        figures = update(policy, critic, optimizer, screen, rollout, advantages_BR, returns_BR, cfg, generator, where)
+        figures = update_policy(policy, critic, optimizer, screen, rollout, advantages_BR, returns_BR, cfg, generator, where)
         figures |= rollout_figures(rollout, standardize.undo(rollout.scores_B), returns_BR, kl.coef, prompts.end_of_text)
         kl.update(rollout.mean_kl)
         figures |= {"n_changed": policy.n_changed(), "episodes_per_second": cfg.episodes / (time.monotonic() - start)}
@@ -653,8 +659,8 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     return policy
 
 
-def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, screen: Screen, rollout: Rollout, advantages_BR: Tensor,
-           returns_BR: Tensor, cfg: PPOConfig, generator: torch.Generator, where: str = "update") -> dict:
+def update_policy(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, screen: Screen, rollout: Rollout, advantages_BR: Tensor,
+                  returns_BR: Tensor, cfg: PPOConfig, generator: torch.Generator, where: str = "update") -> dict:
     """`epochs` passes over the rollout in shuffled minibatches -> means of the losses over all of them."""
     size, R, figures = cfg.episodes // cfg.minibatches, cfg.response_tokens, []
     for _ in range(cfg.epochs):
@@ -720,7 +726,7 @@ class Standardize:
         self.mean, self.std = mean, std
 
     @classmethod
-    def by_reference(cls, policy: Policy, prompts: Prompts, score_fn, cfg: PPOConfig, generator: torch.Generator) -> "Standardize":
+    def by_reference(cls, policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfig, generator: torch.Generator) -> "Standardize":
         """By 256 samples of the reference (Ziegler)."""
         drawn = prompts.draw(256, 1, generator)
         tokens_BT, mask_BT = respond(policy.reference, None, *drawn, prompts.end_of_text, cfg, generator)
@@ -787,7 +793,7 @@ class Evaluation:
         self.prompts, self.score_fn, self.cfg, self.seed = prompts, score_fn, cfg, seed
         self.reference = self.samples(reference, None)
 
-    def samples(self, model: Pythia, edits) -> Evaluated:
+    def samples(self, model: Pythia, edits: dict) -> Evaluated:
         """Sample and score, the same uniforms in every call."""
         generator = torch.Generator().manual_seed(self.seed)
         tokens_BT, mask_BT = (t.repeat_interleave(self.cfg.eval_samples, 0) for t in (self.prompts.tokens_BT, self.prompts.mask_BT))
@@ -797,7 +803,7 @@ class Evaluation:
     def __call__(self, policy: Policy) -> Evaluated:
         """-> figures, samples and scores of the policy."""
         sampled = self.samples(policy.model, policy.edits)
-        parts = [observe(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], self.cfg)
+        parts = [make_rollout(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], self.cfg)
                  for rows in slices(len(sampled.tokens_BT), self.cfg.micro_batch)]
         kl_B = torch.cat([part.kl_BR.sum(1) for part in parts])
         entropy_BR, mask_BR, ref_logprobs_BR = (torch.cat([getattr(part, name) for part in parts])
@@ -853,7 +859,7 @@ def gains_at_kls(runs: list[tuple[np.ndarray, np.ndarray]], kls: tuple[float, ..
     """-> mean over runs (one a seed; each kl_EP and gain_EP, evaluations along training by held-out prompts) of the gain at each KL, (K,),
     NaN where a run does not come so far; and the same for `draws` bootstrap samples of seeds and of prompts, (draws, K). The samples are
     the same in every call with as many seeds and prompts, so that differences between policies are paired."""
-    def mean_gains(seeds, prompts) -> list[float]:
+    def mean_gains(seeds: Iterable[int], prompts: np.ndarray | slice) -> list[float]:
         return [np.mean([gain_at_kl(runs[s][0][:, prompts].mean(1), runs[s][1][:, prompts].mean(1), at) for s in seeds]) for at in kls]
 
     rng, S, P = np.random.default_rng(0), len(runs), runs[0][0].shape[1]

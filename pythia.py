@@ -30,6 +30,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import tiktoken
 import torch
@@ -595,7 +596,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)            # so that the data begin at a multiple of 8
 
-    def write(file):
+    def write(file: BinaryIO) -> None:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
             file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
@@ -797,7 +798,7 @@ class SameHostRedirects(urllib.request.HTTPRedirectHandler):
     """Follow redirects; the token goes with them only to the host it was meant for. A HEAD request stays on its host: the answer that
     points elsewhere is the one whose headers tell commit, size and hash."""
 
-    def redirect_request(self, request, *answer):
+    def redirect_request(self, request: urllib.request.Request, *answer: object) -> urllib.request.Request | None:
         new = super().redirect_request(request, *answer)         # has the request's headers, but not the unredirected ones
         if (new.type, new.host) == (request.type, request.host):
             new.unredirected_hdrs = request.unredirected_hdrs
@@ -807,7 +808,7 @@ class SameHostRedirects(urllib.request.HTTPRedirectHandler):
         return new
 
 
-def hub_request(url: str, what: str, method: str = "GET", start: int = 0):
+def hub_request(url: str, what: str, method: str = "GET", start: int = 0) -> http.client.HTTPResponse:
     """-> the server's answer, to HEAD also a 404 or a redirect to another host; UserError where it cannot be reached or refuses."""
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {}, method=method)
@@ -823,7 +824,7 @@ def hub_request(url: str, what: str, method: str = "GET", start: int = 0):
         raise UserError(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
 
 
-def received(response) -> bytes:
+def received(response: http.client.HTTPResponse) -> bytes:
     """-> the next bytes of an answer; none at its end, and none where the connection broke (a full disk is another matter)."""
     try:
         return response.read(1 << 20)

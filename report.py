@@ -117,7 +117,7 @@ def pm(pair: dict, form: str = "+.3f") -> str:
 
 def table(columns: list[str], rows: list[list], name: str = "") -> str:
     """-> a table of HTML cells; a pair (number, HTML) sorts by its number. With a name its columns can be sorted."""
-    def cell(content) -> str:
+    def cell(content: str | tuple) -> str:
         return f"<td>{content}" if isinstance(content, str) else f'<td data-v="{"NaN" if content[0] is None else content[0]}">{content[1]}'
 
     heads = "".join(f"<th scope=col><button>{column}</button>" if name else f"<th scope=col>{column}" for column in columns)

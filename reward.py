@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from tqdm import tqdm
 
 from pythia import (END_OF_TEXT, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, mixed_precision, read_rows,
                     reading, write_json, write_safetensors)
+
+if TYPE_CHECKING:
+    from train import Run
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 
@@ -195,7 +198,7 @@ def preference_loss(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
     return -F.logsigmoid(chosen_B - rejected_B).mean()
 
 
-def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], cfg: RewardConfig, run, generator: torch.Generator,
+def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], cfg: RewardConfig, run: "Run", generator: torch.Generator,
                  random_cut: bool = False) -> RewardModel:
     """Train on pairs of ids (see `encode_pairs`) in place -> the model.
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pythia import Pythia, UserError, check_finite, load_state, read_json, read_safetensors, write_json, write_safetensors
+
+if TYPE_CHECKING:
+    from train import Run
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,8 @@ def stated_layer(file: Path, about: dict, otherwise: int) -> int:
 #
 # Squares are *summed* over D, penalties *summed* over features, and both *averaged* over rows (the paper of 2023 averages the squares
 # over D: its coefficient is 1/D of ours). Inputs are scaled so that E‖x‖² = D. To add an objective, write its penalty as a function
-# of a `Pass` and give it a line in OBJECTIVES; the rest (L0 target, resampling, saving) follows from that line.
+# of a `Pass`, `name(p) -> penalty_N`, and give it a line in OBJECTIVES, with `relu`: L0 target, refit, resampling and saving follow from that
+# line, and `--sae-objective name` trains with it. Another *activation* must also be what `SAE.encode` does with the finished SAE.
 
 class Pass(NamedTuple):
     """One training step as an objective sees it."""
@@ -621,7 +625,7 @@ def refit_decoder(sae: SAE, x_ND: Tensor, ridge: float = 1e-3) -> None:
     sae.rescale(W_dec_FD.norm(dim=-1))
 
 
-def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run, generator: torch.Generator) -> SAE:
+def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run: "Run", generator: torch.Generator) -> SAE:
     """Train an SAE on the MLP output of `layer` over windows of text -> the SAE in the model's own units.
 
     `run` keeps the log and the resumable state (see train.Run).
@@ -630,7 +634,7 @@ def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run,
     return train_on_rows(ActivationBuffer(model, layer, tokens_BT, cfg, generator), [cfg], run, generator)[0]
 
 
-def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run, generator: torch.Generator) -> list[SAE]:
+def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run: "Run", generator: torch.Generator) -> list[SAE]:
     """Train one SAE for each configuration on the very same rows, drawn once -> the SAEs in the rows' own units. They may differ in
     objective, L0 target and all else but `tokens`, `batch_size` and the resampling moments, which the first one sets."""
     cfg, d_in, device, trainers = cfgs[0], buffer.rows_ND.shape[1], buffer.rows_ND.device, {}
@@ -706,7 +710,7 @@ def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, batch_s
 
 def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable[[Tensor], Tensor] | None, batch_size: int) -> float:
     """-> mean next-token loss with replace(mlp_BTD) in place of the MLP's output at `layer`, first tokens excepted."""
-    def edit(mlp_BTD, neurons_BTM):
+    def edit(mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
         change_BTD = replace(mlp_BTD.float()).to(mlp_BTD.dtype) - mlp_BTD
         change_BTD[:, 0] = 0
         return change_BTD

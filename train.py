@@ -1,4 +1,7 @@
-"""Command line: one function a stage. Read this file first; each stage tells its story and names who does the work."""
+"""Command line: one function a stage. Read this file first; each stage tells its story and names who does the work.
+
+`main`, at the end, parses the options, turns --layer into `args.layers` (`choose_layers`) and runs the stages, each in a folder (`Run`).
+"""
 
 import argparse
 import dataclasses
@@ -158,11 +161,11 @@ def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: "Run") -> d
         for name in names:
             run_apart(cells[name][seed])
     folders = {name: [folder_of(cell, "rlhf") for cell in cells[name]] for name in names}
-    gain_K, drawn_DK = zip(*(ppo.gains_at_kls([evaluations(folder) for folder in folders[name]], cfg.kls) for name in names))
-    rows = [{"run": name} | {f"gain at {at:g}": interval(gain_K[i][k], drawn_DK[i][:, k]) for k, at in enumerate(cfg.kls)}
-            | means([read_json(folder / "metrics.json") for folder in folders[name]]) for i, name in enumerate(names)]
-    differences = [{f"{names[0]} minus": name} | {f"at {at:g}": interval((gain_K[0] - gain_K[i])[k], (drawn_DK[0] - drawn_DK[i])[:, k])
-                                                 for k, at in enumerate(cfg.kls)} for i, name in enumerate(names) if i]
+    gains = {name: ppo.gains_at_kls([evaluations(folder) for folder in folders[name]], cfg.kls) for name in names}      # (value, bootstrap samples)
+    figures = {name: means([read_json(folder / "metrics.json") for folder in folders[name]]) for name in names}
+    rows = [{"run": name} | intervals("gain at", cfg.kls, *gains[name]) | figures[name] for name in names]
+    first, first_drawn = gains[names[0]]
+    differences = [{f"{names[0]} minus": name} | intervals("at", cfg.kls, first - gains[name][0], first_drawn - gains[name][1]) for name in names[1:]]
     interpret.plot_frontier(run.folder / "frontier.png", {
         name: [[(kl_P.mean(), gain_P.mean()) for kl_P, gain_P in zip(*evaluations(folder))] for folder in folders[name]] for name in names})
     write_tables(run.folder / "tables.md", rows, differences)
@@ -192,8 +195,7 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
         figures = means([read_json(folder_of(cell, "sae") / "metrics.json") for cell in cells], SAE_FIGURES)
         if cfg.rlhf:
             folders = [folder_of(cell, "rlhf") for cell in cells]
-            gain_K, drawn_DK = ppo.gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,))
-            figures |= {f"gain at {cfg.kl:g}": interval(gain_K[0], drawn_DK[:, 0])}
+            figures |= intervals("gain at", (cfg.kl,), *ppo.gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,)))
             figures |= means([read_json(folder / "metrics.json") for folder in folders])
         rows.append({"objective": objective, "target": l0} | figures)
         interpret.plot_sweep(run.folder / "sweep.png", rows)
@@ -375,18 +377,14 @@ def load_saes(args: argparse.Namespace, model: Pythia) -> dict[int, sae.SAE]:
 def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: "Run",
              generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """-> windows to train on and held-out windows: from --corpus, or sampled from the model. They are kept in the run folder, and with them
-    the state of the generator, so that training goes on with the same random numbers whether they were made or found, there or in the
-    folder of an SAE beside it that wants the same text."""
+    the state of the generator, so that training goes on with the same random numbers whether they were made or found."""
     path = run.folder / "text.safetensors"
-    beside = run.folder.parent.parent                # where other runs' and a sweep's other SAEs lie
-    for found in (path, *sorted([*beside.glob("*/text.safetensors"), *beside.glob("*/*/text.safetensors")])):
-        config = found.with_name("config.json")
-        if found.exists() and config.exists() and all(read_json(config).get(name) == run.config[name] for name in TEXT_DEPENDS):
-            text = read_safetensors(found)
-            if found != path:
-                write_safetensors(path, text)
-            generator.set_state(text["generator"].clone())
-            return text["train"], text["heldout"]
+    if found := find_text(run):
+        text = read_safetensors(found)
+        if found != path:
+            write_safetensors(path, text)
+        generator.set_state(text["generator"].clone())
+        return text["train"], text["heldout"]
     context = min(cfg.context, model.cfg.max_positions)
     heldout = max(1, cfg.eval_tokens // context)
     if args.corpus:
@@ -399,6 +397,16 @@ def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokeni
         windows_BT = sample_windows(model, tokenizer, heldout + -(-cfg.text_tokens // context), context, generator)
     write_safetensors(path, {"heldout": windows_BT[:heldout], "train": windows_BT[heldout:], "generator": generator.get_state()})
     return windows_BT[heldout:], windows_BT[:heldout]
+
+
+def find_text(run: "Run") -> Path | None:
+    """-> the text that a run made before it was stopped, or that an SAE beside it (another layer's, or a sweep's) made with the same options."""
+    beside = run.folder.parent.parent
+    for found in (run.folder / "text.safetensors", *sorted([*beside.glob("*/text.safetensors"), *beside.glob("*/*/text.safetensors")])):
+        config = found.with_name("config.json")
+        if found.exists() and config.exists() and all(read_json(config).get(name) == run.config[name] for name in TEXT_DEPENDS):
+            return found
+    return None
 
 
 def sample_windows(model: Pythia, tokenizer: Tokenizer, number: int, context: int, generator: torch.Generator) -> Tensor:
@@ -469,9 +477,10 @@ def means(figures: list[dict], keys: tuple[str, ...] = RLHF_FIGURES) -> dict:
     return {key: statistics.mean(each[key] for each in figures) for key in keys if all(key in each for each in figures)}
 
 
-def interval(value: float, drawn_D: np.ndarray) -> str:
-    """-> a value with the middle 95 % of its bootstrap samples."""
-    return f"{value:.2f} [{np.nanquantile(drawn_D, 0.025):.2f}, {np.nanquantile(drawn_D, 0.975):.2f}]" if math.isfinite(value) else "not reached"
+def intervals(title: str, kls: tuple[float, ...], values: np.ndarray, drawn: np.ndarray) -> dict[str, str]:
+    """-> columns of a table: the value at each KL with the middle 95 % of its bootstrap samples, which `drawn` has a row of each."""
+    return {f"{title} {at:g}": f"{value:.2f} [{np.nanquantile(sample, 0.025):.2f}, {np.nanquantile(sample, 0.975):.2f}]"
+            if math.isfinite(value) else "not reached" for at, value, sample in zip(kls, values, drawn.T)}
 
 
 def write_tables(path: Path, *tables: list[dict]) -> None:
@@ -512,6 +521,7 @@ class Run:
         write_json(found, config)
         self.saved = time.monotonic()
         self.in_loop, self.stopped = False, 0
+        self.tokens_per_second = 0.0                 # of SAE training, which fills it in
 
     @property
     def finished(self) -> dict | None:
@@ -557,9 +567,9 @@ class Run:
         write_whole(log, lambda file: file.write(state["log"].encode()))
         return state["step"]
 
-    def stop(self, signum: int, frame) -> None:
+    def stop(self, signum: int, frame: object) -> None:
         """On Ctrl-C or SIGTERM: the training loop may end its step, and saves its state; after 10 s, or when asked twice, or where no loop
-        runs, stop at once. The state on the disk is whole at any instant."""
+        runs, stop at once (the alarm after 10 s comes back here). The state on the disk is whole at any instant."""
         if self.stopped or not self.in_loop:
             raise KeyboardInterrupt(self.stopped or signum)
         self.stopped = signum

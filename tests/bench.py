@@ -2,7 +2,8 @@
 
     python tests/bench.py load|prefill|generate|sae|ppo|update [--model tiny|70m-random|…|6.9b-random|NAME] [--against transformers|trl]
     python tests/bench.py bow --corpus TRAIN.jsonl.gz --eval-corpus VAL.jsonl.gz --reward tiny-reward --half 1
-    python tests/bench.py planted --objective l1,topk --tokens 2000000
+    python tests/bench.py planted --objective l1,topk --seed 1
+    python tests/bench.py explain --run runs/tiny/sae
 
 Run by hand on an idle machine; no test depends on them. A random model has the shape of a Pythia and is written as a checkpoint first, so
 that the real loader is measured. --against needs that library installed (trl 1.12.0, the last release with PPO), which this project does not.
@@ -10,6 +11,7 @@ that the real loader is measured. --against needs that library installed (trl 1.
 
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -25,9 +27,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo  # noqa: E402
-from pythia import Pythia, PythiaConfig, Tokenizer, read_rows, write_json, write_safetensors  # noqa: E402
+from interpret import as_sparse_as, explanation_score, shuffled_weights, token_entropy  # noqa: E402
+from pythia import Pythia, PythiaConfig, Tokenizer, read_json, read_rows, read_safetensors, write_json, write_safetensors  # noqa: E402
 from reward import RewardModel, cut_pairs, encode_pairs, pad_right, pairs_from_labels  # noqa: E402
-from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, mmcs, train_on_rows  # noqa: E402
+from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, load_sae, mlp_rows, mmcs, train_on_rows, train_sae  # noqa: E402
 
 # name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed
 SHAPES = {"trl": (4, 192, 6, 4096), "14m": (6, 128, 4, 50304), "70m": (6, 512, 8, 50304), "160m": (12, 768, 12, 50304),
@@ -226,7 +229,7 @@ class PPOBench:
 
     def reference(self) -> None:
         """Trunk, features, logprobs of policy and reference, KL."""
-        self.rollout = ppo.join([ppo.observe(self.policy, self.tokens_BT[rows], self.mask_BT[rows], self.cfg)
+        self.rollout = ppo.join([ppo.make_rollout(self.policy, self.tokens_BT[rows], self.mask_BT[rows], self.cfg)
                                  for rows in ppo.slices(self.cfg.episodes, self.cfg.micro_batch)])
 
     def score(self) -> None:
@@ -236,7 +239,7 @@ class PPOBench:
         rollout, cfg = self.rollout, self.cfg
         rewards_BR = ppo.kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, 0.05)
         advantages_BR, returns_BR = ppo.gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
-        ppo.update(self.policy, self.critic, self.optimizer, ppo.Screen(), rollout, ppo.whiten(advantages_BR, rollout.mask_BR), returns_BR, cfg, self.generator)
+        ppo.update_policy(self.policy, self.critic, self.optimizer, ppo.Screen(), rollout, ppo.whiten(advantages_BR, rollout.mask_BR), returns_BR, cfg, self.generator)
 
     def iteration(self) -> None:
         for phase in (self.generate, self.reference, self.score, self.update):
@@ -435,9 +438,32 @@ def planted(args: argparse.Namespace) -> None:
                           "seconds": round(seconds, 1)}), flush=True)
 
 
+def explain(args: argparse.Namespace) -> None:
+    """Do the text's tokens explain SAE features better than controls? Means over columns of `explanation_score` and `token_entropy`. The SAE
+    of the model with shuffled weights is trained here, with the options of the SAE in --run, on the same text."""
+    cfg, text = read_json(args.run / "config.json"), read_safetensors(args.run / "text.safetensors")
+    model, layer, generator = Pythia.from_pretrained(cfg["model"]), int(cfg["layers"].strip("[]")), torch.Generator().manual_seed(args.seed)
+    cfg = SAEConfig(**{field.name: cfg[field.name] for field in dataclasses.fields(SAEConfig)})
+    trained = load_sae(args.run, model=model, model_name=args.model, layer=layer)
+    shuffled = shuffled_weights(model, generator)
+    other = train_sae(shuffled, layer, text["train"], cfg, NoRun(), generator)
+    rows_ND, other_ND = (mlp_rows(m, layer, text["heldout"]).float() for m in (model, shuffled))
+    features_NF, other_NF = trained.encode(rows_ND), other.encode(other_ND)
+    rate_F, directions_DG = (features_NF > 0).float().mean(0), F.normalize(torch.randn(rows_ND.shape[1], args.features, generator=generator), dim=0)
+    columns = {"SAE": features_NF, "MLP coordinates": as_sparse_as(rows_ND, rate_F), "random directions": as_sparse_as(rows_ND @ directions_DG, rate_F),
+               "SAE of shuffled weights": other_NF}
+    for name, columns_NG in columns.items():
+        figures = explanation_score(columns_NG, text["heldout"])._asdict()
+        figures["token_entropy"], figures["top_token_share"] = token_entropy(columns_NG, text["heldout"])
+        figures = {key: values_G[~values_G.isnan()] for key, values_G in figures.items()}
+        print(json.dumps({"bench": "explain", "columns": name, "seed": args.seed, "scored": len(figures["pearson_F"]),
+                          "l0": round((columns_NG > 0).float().sum(1).mean().item(), 2)}
+                         | {key: [round(v_G.mean().item(), 4), round((v_G.std() / len(v_G) ** 0.5).item(), 4)] for key, v_G in figures.items()}), flush=True)
+
+
 def main() -> None:
     benches = {"load": bench_load, "trunk": bench_trunk, "prefill": bench_prefill, "generate": bench_generate, "sae": bench_sae,
-               "ppo": bench_ppo, "update": bench_update, "bow": bow, "planted": planted, "write": lambda args: random_checkpoint(
+               "ppo": bench_ppo, "update": bench_update, "bow": bow, "planted": planted, "explain": explain, "write": lambda args: random_checkpoint(
                    args.model.removesuffix("-random"), args.cache / args.model)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -464,10 +490,11 @@ def main() -> None:
     add("--eval-corpus")
     add("--reward", default="tiny-reward")
     add("--half", type=int, default=0)
+    add("--run", type=Path, default=Path("runs/tiny/sae"), help="folder of a finished sae stage")
     add("--objective", default="l1,topk", help="of the planted bench")
     add("--tokens", type=int, default=2_000_000)
-    add("--l0", type=float, default=10.0)
-    add("--lr", type=float, default=SAEConfig.lr)
+    add("--l0", type=float, default=20.0, help="of the planted bench: rows have 10 active features on average, some have 20")
+    add("--lr", type=float, default=6e-3)
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype.replace("auto", "bfloat16" if args.device.type == "cuda" else "float32"))

@@ -34,7 +34,7 @@ PROMPT, SHORTER, NEW, PAD = 9, (9, 6, 2), 12, 3      # tokens of the prompts, of
 MIN_MARGIN = 2e-3                                    # between the two best logits, so that greedy choices are not a coin's toss
 
 # name -> (arguments of GPTNeoXConfig, dtype of the file, changes made to the saved folder)
-PARALLEL, SEQUENTIAL = dict(use_parallel_residual=True), dict(use_parallel_residual=False)
+PARALLEL, SEQUENTIAL = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 MODELS = {
     "parallel": (dict(hidden_size=32, heads=4, vocab_size=83, rotary_pct=0.25, **PARALLEL), "float32", ()),
     "sequential": (dict(hidden_size=24, heads=3, vocab_size=64, rotary_pct=0.5, **SEQUENTIAL), "float32", ()),

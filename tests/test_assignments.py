@@ -34,7 +34,7 @@ def failure(tests, tmp_path: Path) -> str:
     """Run a module's test functions, up to the first that fails -> its name and message; empty where all pass."""
     for name, test in [pair for pair in vars(tests).items() if pair[0].startswith("test_")]:
         try:
-            test(**{argument: tmp_path for argument in inspect.signature(test).parameters})
+            test(**dict.fromkeys(inspect.signature(test).parameters, tmp_path))
         except (Exception, pytest.fail.Exception) as error:
             return f"{name}: {type(error).__name__}: {error}"
     return ""

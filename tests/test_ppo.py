@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
-from ppo import (AdaptiveKL, Critic, EditPolicy, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, Screen, SparseFeatures, Standardize, Trunk,
+from ppo import (AdaptiveKL, Critic, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, Screen, SparseFeatures, Standardize, Trunk,
                  collect_rollouts, episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, kl_rewards, make_policy,
-                 next_logprobs, observe, pick, ppo_loss, respond, score, select, train_ppo, update, whiten)
+                 next_logprobs, make_rollout, pick, ppo_loss, respond, score, select, train_ppo, update_policy, whiten)
 from pythia import UserError, pad_left
 from sae import SAE
 from train import Run
@@ -229,7 +229,7 @@ def test_first_ratio_is_exactly_one(name):
 def test_logprobs_kl_and_entropy_equal_numpy(name):
     model, (tokens_BT, mask_BT) = random_model(F64), padded()
     policy = random_policy(name, model, (0, 2))
-    rollout = observe(policy, tokens_BT, mask_BT, CFG)
+    rollout = make_rollout(policy, tokens_BT, mask_BT, CFG)
     logits = [m(tokens_BT, mask_BT, edits).detach().numpy() / CFG.temperature
               for m, edits in ((policy.model, policy.edits), (policy.reference, None))]
     for b, row in enumerate(tokens_BT.tolist()):
@@ -246,7 +246,7 @@ def test_expected_k1_is_the_exact_kl():
     """Over all possible next tokens, the sampled estimate logπ − logπref has the exact KL as its mean."""
     policy, V = random_policy("coef", random_model(F64)), 64
     tokens_BT = torch.cat([random_tokens(1, 6).expand(V, -1), torch.arange(V)[:, None]], dim=1)
-    rollout = observe(policy, tokens_BT, torch.ones_like(tokens_BT), PPOConfig(response_tokens=1))
+    rollout = make_rollout(policy, tokens_BT, torch.ones_like(tokens_BT), PPOConfig(response_tokens=1))
     k1_B = -kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, torch.zeros(V), rollout.mask_BR, 1.0)[:, 0]
     assert rollout.logprobs_BR.exp().sum().item() == pytest.approx(1)
     assert (rollout.logprobs_BR[:, 0].exp() * k1_B).sum().item() == pytest.approx(rollout.kl_BR[0].item(), abs=1e-9) != 0
@@ -266,7 +266,7 @@ def test_responses_end_behind_their_first_end_of_text():
 @every_policy
 def test_select_and_join_are_inverse(name):
     tokens_BT, mask_BT = padded()
-    rollout = observe(random_policy(name, random_model(), (1,)), tokens_BT, mask_BT, CFG)
+    rollout = make_rollout(random_policy(name, random_model(), (1,)), tokens_BT, mask_BT, CFG)
     assert join([select(rollout, slice(0, 2)), select(rollout, slice(2, 5))]).scores_B is None                # not scored yet
     score(rollout, Sevens(), Standardize(0.5, 2.0), Critic(32, R, tokens_BT.device), CFG)
     if name == "coef":                                           # parts whose features are of different width
@@ -415,7 +415,7 @@ def test_micro_batches_only_save_memory():
     for size in (32, 8):
         for parameter in (*policy.trainable().values(), *critic.parameters()):
             parameter.grad = None
-        update(policy, critic, torch.optim.SGD(critic.parameters(), lr=0.0), Screen(), rollout, advantages_BR, advantages_BR,
+        update_policy(policy, critic, torch.optim.SGD(critic.parameters(), lr=0.0), Screen(), rollout, advantages_BR, advantages_BR,
                replace(CFG, micro_batch=size, minibatches=1, epochs=1), torch.Generator().manual_seed(1))
         gradients.append([policy.trainable()["2.coef_F"].grad, *(p.grad for p in critic.parameters())])
     assert len(gradients[0]) == 4 and all(gradient.abs().max() > 1e-4 for gradient in gradients[0])

@@ -393,7 +393,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, wrap):
         try:
             raise OSError(28, "No space left on device")
         except OSError as error:
-            raise wrap(error)
+            raise wrap(error) from None
     told = complaint(write_whole, path, write)
     assert told.startswith(f"{path}: cannot be written (No space left on device); the last saved state is whole")
     assert path.read_bytes() == b"whole" and [found.name for found in tmp_path.iterdir()] == ["file"]

@@ -357,4 +357,4 @@ def test_readme_links_point_at_what_they_name():
     assert len(links) > 15
     for name, file, line in links:
         text = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert re.search(rf"(def|class) {name}\b|^{name} =", text), f"{file}#L{line} is {text!r}, not {name}"
+        assert re.match(rf"(def|class) {name}\b|{name} =|    def {name}\b", text), f"{file}#L{line} is {text!r}, not {name}"
