@@ -153,7 +153,7 @@ def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen
     cards = []
     for g, i in ((g, looked_at[g]) for g in columns):
         effect_V, activations_BT = logit_effect(model, sae.W_dec_FD[[i]])[0, :tokenizer.vocab_size], activations_BTG[..., g]
-        weight_V = torch.zeros(tokenizer.vocab_size).index_add(0, tokens_BT.flatten().long(), activations_BT.flatten())
+        weight_V = torch.zeros(model.cfg.vocab_size).index_add(0, tokens_BT.flatten().long(), activations_BT.flatten())[:tokenizer.vocab_size]
         coef, bias = (learned[name][i].item() if (name := f"{layer}.{kind}_F") in learned else start
                       for kind, start in (("coef", 1.0), ("bias", 0.0)))
         peak = activations_BT.max().item()

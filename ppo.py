@@ -41,6 +41,7 @@ class PPOConfig:
     iterations: int = 20                 # rollouts, each followed by `epochs` passes over it
     episodes: int = 512                  # responses a rollout
     samples_per_prompt: int = 4          # responses to each prompt of a rollout
+    prompt_tokens: int = 256             # longer prompts are left out; all are padded to the longest that is left
     response_tokens: int = 24            # R; a response is cut behind its first end-of-text token
     temperature: float = 1.0             # of sampling, and of the policy's and the reference's logprobs alike
     epochs: int = 1                      # passes over a rollout (Ziegler: 4; steps are small here, and a new rollout is worth more)
@@ -64,12 +65,14 @@ class PPOConfig:
     screen: int = 4                      # with `keep`: rollouts before the first step, to tell which
     kl_stop: float = 20.0                # nats a response; a policy farther than this from the reference has diverged, and training ends
     eval_every: int = 5                  # iterations between evaluations along training
-    eval_samples: int = 8                # samples for each held-out prompt
+    eval_size: int = 128                 # held-out prompts of an evaluation, the first of their file
+    eval_samples: int = 8                # samples for each of them
     checkpoint_seconds: float = 120.0    # between resumable states
 
     def __post_init__(self):
-        for name in ("iterations", "episodes", "samples_per_prompt", "response_tokens", "temperature", "epochs", "minibatches", "micro_batch",
-                     "generate_batch", "screen", "kl_target", "kl_horizon", "kl_stop", "eval_every", "eval_samples", "lora_rank"):
+        for name in ("iterations", "episodes", "samples_per_prompt", "prompt_tokens", "response_tokens", "temperature", "epochs", "minibatches",
+                     "micro_batch", "generate_batch", "screen", "kl_target", "kl_horizon", "kl_stop", "eval_every", "eval_size", "eval_samples",
+                     "lora_rank"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--rlhf-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
@@ -594,15 +597,20 @@ def ppo_loss(logprobs_BR: Tensor, values_BR: Tensor, batch: Rollout, advantages_
 # ----------------------------------------------------------------------------------------------------------------- the loop
 
 class Prompts:
-    """Token ids of prompts, each behind an end-of-text token, padded on the left to one length: tokens_BT, mask_BT."""
+    """Token ids of prompts, each behind an end-of-text token, padded on the left to one length: tokens_BT, mask_BT. Prompts of more than
+    `longest` tokens, or too long for the model's context with a response behind them, are left out; UserError where none is left."""
 
-    def __init__(self, texts: list[str], tokenizer: Tokenizer, response_tokens: int, max_positions: int, device: torch.device):
+    def __init__(self, texts: list[str], tokenizer: Tokenizer, response_tokens: int, max_positions: int, device: torch.device,
+                 longest: int = 256, number: int | None = None):
+        limit = min(longest, max_positions - response_tokens)
         rows = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts]
-        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-        if len(rows[longest]) + response_tokens > max_positions:
-            raise UserError(f"prompt {texts[longest][:60]!r}… has {len(rows[longest])} tokens; with {response_tokens} of response "
-                            f"the model's context of {max_positions} is too short: shorten it")
-        self.tokens_BT, self.mask_BT = (t.to(device) for t in pad_left(rows, tokenizer.end_of_text))
+        fitting = [row for row in rows if len(row) <= limit]
+        told = f"{len(rows) - len(fitting)} of {len(rows)} prompts have more than {limit} tokens (--rlhf-prompt-tokens, or the model's context)"
+        if not fitting:
+            raise UserError(f"{told}: shorten them")
+        if len(fitting) < len(rows):
+            print(f"{told}: left out")
+        self.tokens_BT, self.mask_BT = (t.to(device) for t in pad_left(fitting[:number], tokenizer.end_of_text))
         self.end_of_text = tokenizer.end_of_text
 
     def draw(self, number: int, repeats: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

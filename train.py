@@ -66,8 +66,8 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
                                              torch.Generator().manual_seed(args.seed)) for layer, trained in saes.items()}
     policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit)
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
-    prompts, eval_prompts = (ppo.Prompts(read_prompts(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, args.device)
-                             for path in (args.prompts, args.eval_prompts))
+    prompts, eval_prompts = (ppo.Prompts(read_prompts(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, args.device,
+                                         cfg.prompt_tokens, number) for path, number in ((args.prompts, None), (args.eval_prompts, cfg.eval_size)))
     evaluation = ppo.Evaluation(model, eval_prompts, score_fn, cfg, seed=1_000_000 + args.seed)
     start = time.monotonic()
     ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(args.seed), evaluation)
@@ -124,7 +124,8 @@ def learned_policy(args: argparse.Namespace, cfg: interpret.InterpretConfig, mod
     rlhf = dataclasses.replace(rlhf, eval_samples=min(max(cfg.effect_samples, cfg.fresh_samples), rlhf.eval_samples))
     policy = ppo.make_policy("coef", model, args.layers, saes, rlhf, config["edit"])
     ppo.Trainable(policy).load_state_dict(learned)
-    prompts = ppo.Prompts(read_prompts(config["eval_prompts"]), tokenizer, rlhf.response_tokens, model.cfg.max_positions, args.device)
+    prompts = ppo.Prompts(read_prompts(config["eval_prompts"]), tokenizer, rlhf.response_tokens, model.cfg.max_positions, args.device,
+                          rlhf.prompt_tokens, rlhf.eval_size)
     score_fn = reward.load_reward(config["reward"], tokenizer, args.dtype, args.device)
     return policy, ppo.Evaluation(model, prompts, score_fn, rlhf, seed=2_000_000 + int(config["seed"]))
 

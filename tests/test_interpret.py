@@ -241,5 +241,15 @@ def test_contexts_of_strong_and_of_weak_activations():
     assert interpret.quantile_contexts(torch.zeros(2, 4), tokens_BT, Characters(), 2) == []
 
 
+def test_tokens_beyond_the_tokenizers_vocabulary():
+    """Embeddings are padded to a round number of rows, and a model may sample those."""
+    model, tokenizer = random_model(), Characters()
+    tokens_BT = random_tokens(6, 12)
+    tokenizer.vocab_size = int(tokens_BT.max())                          # the largest token lies beyond it
+    sae = SAE(model.cfg.hidden_size, 8, seeded()).requires_grad_(False)
+    cards, _ = interpret.make_cards(model, tokenizer, 1, sae, [0, 1, 2], {}, tokens_BT, InterpretConfig(columns=4))
+    assert len(cards) == 3 and all(share <= 1 for card in cards for _, share in card.tokens)
+
+
 def test_options_are_checked():
     assert "--interpret-effect-samples 0" in complaint(InterpretConfig, effect_samples=0)

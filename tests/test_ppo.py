@@ -525,8 +525,15 @@ def test_other_misuse_is_explained():
     assert "coef, random" in complaint(make_policy, "none", model, [], {}, CFG)
     assert "scale, scale+bias" in complaint(make_policy, "coef", model, [], {}, CFG, "shift")
     assert "--rlhf-lora-targets mlp: choose" in complaint(make_policy, "lora", model, [], {}, replace(CFG, lora_targets=("dense", "mlp")))
-    assert "context of 64" in complaint(prompts, ["1", "2" * 59])
-    assert prompts(["1", "2" * 58]).tokens_BT.shape == (2, 59)
+    assert complaint(prompts, ["2" * 59]).startswith("1 of 1 prompts have more than 59 tokens")
+
+
+def test_prompts_that_are_too_long_are_left_out_and_told(capsys):
+    assert prompts(["1", "2" * 58]).tokens_BT.shape == (2, 59) and not capsys.readouterr().out
+    assert torch.equal(prompts(["2" * 59, "13", "4"]).tokens_BT, prompts(["13", "4"]).tokens_BT)
+    assert "1 of 3 prompts" in capsys.readouterr().out
+    few = Prompts(["123", "12", "1", "2"], Characters(), R, 64, CPU, longest=3, number=2)
+    assert few.mask_BT.tolist() == [[1, 1, 1], [0, 1, 1]]
 
 
 # ----------------------------------------------------------------------------------------------------------------- comparison

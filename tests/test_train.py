@@ -337,7 +337,7 @@ def test_corpora_that_are_too_short_or_no_text(tmp_path, capsys):
         assert error.startswith("error: ") and told in error and "\n" not in error, error
     (tmp_path / "prompts").write_text("a good film " * 300)
     assert run("--stage", "rlhf", "--policy", "full", "--prompts", str(tmp_path / "prompts"), out=tmp_path / "out") == 2
-    assert "shorten it" in capsys.readouterr().err
+    assert "shorten them" in capsys.readouterr().err
 
 
 def test_sae_of_another_model_layer_or_width(whole, tmp_path, capsys):
