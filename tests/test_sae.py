@@ -327,6 +327,20 @@ def test_objective_equals_its_formula_in_numpy_and_reaches_every_parameter(name)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_work_for_the_active_features_alone_gives_the_same_gradients(name):
+    gradients = []
+    for sparse in (True, False):
+        trainer, x_ND = objective_trainer(name)
+        trainer.mean_l0 = F / 40 if sparse else F / 4
+        assert trainer.sparse() == (sparse and name != "jumprelu")
+        trainer.step(50, x_ND)
+        gradients.append({key: value.grad for key, value in trainer.sae.named_parameters() if value.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) >= 4
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=key)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_finished_sae_encodes_as_in_training_and_round_trips(name, tmp_path):
     """In the model's units, rows of norm 1, a file that loads; batchtopk by its threshold: no token depends on its batch."""
     trainer, x_ND = objective_trainer(name, refit=False)
