@@ -155,6 +155,7 @@ def tokens(pairs: list, form: str = "") -> str:
 def answer_html(report: dict) -> str:
     """The question, the answer in three figures, the frontier, the runs side by side."""
     rlhf, causal = report["rlhf"], report["causal"]
+    bias = ", and another, the bias b that adds its vector to every token (0: as it was)" if any(card["bias"] for card in report["features"]) else ""
     gold = f"; {show(rlhf['gold_gain_std'], '+.2f')} by a reward model that training never saw" if "gold_gain_std" in rlhf else ""
     runs = []
     for run in report["runs"]:
@@ -165,7 +166,7 @@ def answer_html(report: dict) -> str:
         runs.append([*names, escape(figures.get("n_changed", "–")), *(pm(pair, ".2f") for pair in pairs)])
     return (
         "<p>Which features of the language model did RLHF turn up or down, and is it they that raise the reward? Training learned one number "
-        "for each feature of a sparse autoencoder, the coefficient c that scales its output vector (1: as it was), and nothing else.</p>"
+        f"for each feature of a sparse autoencoder, the coefficient c that scales its output vector (1: as it was){bias}, and nothing else.</p>"
         f"<div class=figures><div><b>{pm({'mean': rlhf['score_gain_std'], 'se': rlhf['score_gain_std_se']}, '+.2f')}</b>gain in mean score on "
         f"held-out prompts, in standard deviations of the reference's scores{gold}</div>"
         f"<div><b>{show(rlhf['kl'], '.2f')} nats</b>KL divergence from the reference, a response</div>"
@@ -201,7 +202,7 @@ def causal_html(report: dict) -> str:
         f"<b>Set back</b>: what the policy loses when this feature alone goes back to its start, by importance weighting of {causal['samples']} of "
         "the policy's samples with a control variate for each token (not self-normalised). <b>Alone</b>: what the reference gains "
         "when this feature alone moves, by weighting of the reference's samples. <b>ESS</b>: the effective number of samples. <b>Predicted</b>: "
-        "set back to first order, gradient × move.</p>"
+        "set back to first order, gradient × move. <b>Turned</b>: the sign of c − 1, plus b where there are biases.</p>"
         f"<p>Setting all {len(listed)} listed features back together loses {pm(causal['together'])}{share} ({causal['fresh_samples']} fresh "
         f"samples). Their single losses add up to {pm(causal['sum'])}; the rest, {pm(causal['interaction'])}, is interaction. Predicted and measured "
         f"effects correlate with "
