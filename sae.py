@@ -339,7 +339,8 @@ def tanh(p: Pass) -> Tensor:
 
 
 def hoyer(p: Pass) -> Tensor:
-    """(Σ f_i)² / Σ f_i² (Hoyer 2004; Yang et al. 2020, "DeepHoyer"): k for k equal features, whatever their size."""
+    """(Σ f_i)² / Σ f_i² (Hoyer 2004; Yang et al. 2020, "DeepHoyer"): k for k equal features, whatever their size. As size is free, encoder columns
+    grow large; dead features are not resampled here, for fresh columns of that norm drowned all others."""
     return p.features_NF.sum(-1).square() / p.features_NF.square().sum(-1).clamp(min=1e-6)
 
 
@@ -415,7 +416,7 @@ OBJECTIVES = {
     "log": Objective(log, relu, resample=True),
     "sqrt": Objective(sqrt, relu, resample=True),
     "tanh": Objective(tanh, relu, resample=True),
-    "hoyer": Objective(hoyer, relu, resample=True),
+    "hoyer": Objective(hoyer, relu),
     "topk": Objective(None, topk, extra=auxk),
     "batchtopk": Objective(None, batchtopk, extra=auxk, vectors={"threshold_F": 0.0}),
     "jumprelu": Objective(active, jumprelu, vectors={"threshold_F": 0.1}),

@@ -6,7 +6,7 @@
 Every side sees the same batches in the same order, scaled alike (E‖x‖² = D), the same number of features, steps and schedule (warm-up, decay,
 sparsity warm-up as shares of the run), and trains at each of --lrs with seed 0; the best of these, by FVU on held-out rows, then with all
 seeds. An L1 library that has no L0 target gets the coefficient that leads to --l0 (± 3 %). Theirs are saved by themselves and read back by
-`load_sae`. ms_per_step is of the whole training, ours with resampling and the least squares at its end. Needs dictionary_learning 0.1.0 and sae-lens 6.54.12, which this project
+`load_sae`. ms_per_step is of the training loop. Needs dictionary_learning 0.1.0 and sae-lens 6.54.12, which this project
 does not. One JSON line a run.
 """
 
@@ -49,12 +49,13 @@ class Rows:
         return self.rows_ND[self.shuffled_N[self.drawn - rows:self.drawn]]
 
 
-def ours(args: argparse.Namespace, rows: Rows, seed: int, lr: float, objective: str, l0: float, _: float) -> SAE:
+def ours(args: argparse.Namespace, rows: Rows, seed: int, lr: float, objective: str, l0: float, _: float) -> tuple[SAE, float]:
     cfg = SAEConfig(num_features=args.features, objective=objective, l0=l0, tokens=args.tokens, batch_size=args.batch, lr=lr, refit=args.refit)
-    return train_on_rows(rows, [cfg], NoRun(), torch.Generator().manual_seed(seed))[0]
+    trained, = train_on_rows(rows, [cfg], run := NoRun(), torch.Generator().manual_seed(seed))
+    return trained, args.tokens / run.tokens_per_second
 
 
-def dictionary_learning(args: argparse.Namespace, rows: Rows, seed: int, lr: float, objective: str, l0: float, coef: float) -> Path:
+def dictionary_learning(args: argparse.Namespace, rows: Rows, seed: int, lr: float, objective: str, l0: float, coef: float) -> tuple[Path, float]:
     sys.modules.setdefault("nnsight", types.SimpleNamespace(LanguageModel=object))               # its buffer's, which is not used here
     import dictionary_learning.trainers as trainers
 
@@ -63,15 +64,16 @@ def dictionary_learning(args: argparse.Namespace, rows: Rows, seed: int, lr: flo
     trainer = getattr(trainers, LIBRARY_CLASSES[objective])(
         steps=steps, activation_dim=d_in, dict_size=args.features, layer=args.layer, lm_name="tiny", lr=lr, warmup_steps=int(0.02 * steps),
         decay_start=int(0.7 * steps), seed=seed, device="cpu", **options)
+    start = time.monotonic()
     for step in range(steps):
         trainer.update(step, rows.draw(args.batch))
-    folder = Path(tempfile.mkdtemp())
+    seconds, folder = time.monotonic() - start, Path(tempfile.mkdtemp())
     torch.save(trainer.ae.state_dict(), folder / "ae.pt")
     write_json(folder / "config.json", {"trainer": trainer.config})
-    return folder
+    return folder, seconds
 
 
-def saelens(args: argparse.Namespace, rows: Rows, seed: int, lr: float, objective: str, l0: float, coef: float) -> Path:
+def saelens(args: argparse.Namespace, rows: Rows, seed: int, lr: float, objective: str, l0: float, coef: float) -> tuple[Path, float]:
     import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -88,11 +90,13 @@ def saelens(args: argparse.Namespace, rows: Rows, seed: int, lr: float, objectiv
         while True:
             yield rows.draw(args.batch)
 
+    start = time.monotonic()
     trained = SAETrainer(cfg, sae, batches()).fit()
+    seconds = time.monotonic() - start
     trained.cfg.metadata.hook_name, trained.cfg.metadata.model_name = f"blocks.{args.layer}.hook_mlp_out", "tiny"
     folder = Path(tempfile.mkdtemp())
     trained.save_inference_model(str(folder))
-    return folder
+    return folder, seconds
 
 
 SIDES: dict[str, Callable] = {"ours": ours, "dictionary_learning": dictionary_learning, "saelens": saelens}
@@ -103,7 +107,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, text = args, read_safetensors(args.folder / "text.safetensors")
-        self.model, self.heldout_BT = Pythia.from_pretrained("tiny"), text["heldout"]
+        self.model, self.heldout_BT = Pythia.from_pretrained("tiny", dtype=torch.float32), text["heldout"]
         train_ND, heldout_ND = (torch.cat([mlp_rows(self.model, args.layer, part_BT) for part_BT in tokens_BT.split(64)]).float()
                                 for tokens_BT in (text["train"], self.heldout_BT))
         self.scale = math.sqrt(train_ND.shape[1] / train_ND.square().sum(-1).mean().item())
@@ -112,10 +116,8 @@ class Bench:
     @torch.no_grad()
     def run(self, side: str, objective: str, seed: int, lr: float, coef: float = 0.0) -> tuple[dict, SAE]:
         """Train one SAE -> its figures on held-out rows, and itself."""
-        start = time.monotonic()
         with torch.enable_grad():
-            made = SIDES[side](self.args, Rows(self.train_ND, seed), seed, lr, objective, self.args.l0, coef)
-        seconds = time.monotonic() - start
+            made, seconds = SIDES[side](self.args, Rows(self.train_ND, seed), seed, lr, objective, self.args.l0, coef)
         sae = load_sae(made, model=self.model, model_name="tiny", layer=self.args.layer) if isinstance(made, Path) else made
         features_NF, centred_ND = sae.encode(self.heldout_ND), self.heldout_ND - self.heldout_ND.mean(0)
         line = {"bench": "rivals", "side": side, "objective": objective, "seed": seed, "lr": lr, "coef": coef, "tokens": self.args.tokens,
