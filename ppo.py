@@ -388,7 +388,7 @@ def forward_selection(scores_NK: Tensor, gradients_NK: Tensor, number: int, ridg
     chosen, left_K = [], gradient_K.abs()
     for _ in range(min(number, len(left_K))):
         chosen.append(int(left_K.argmax()))
-        some_NC = scores_NK[:, chosen]
+        some_NC = scores_NK[:, chosen]               # C: those chosen so far
         step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), gradient_K[chosen])
         left_K = (gradient_K - scores_NK.T @ (some_NC @ step_C) / N).abs()
         left_K[chosen] = -1.0

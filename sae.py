@@ -53,6 +53,7 @@ class SAEConfig:
     refit_rows: int = 65_536             # rows for that
     resample_rows: int = 8192            # inputs whose loss is looked at for new directions (paper: 819,200)
     buffer_rows: int = 262_144           # rows shuffled together, in the model's dtype
+    text_batch: int = 512                # windows sampled at once; lower it to save memory (keys and values of all of them)
     text_tokens: int = 262_144           # tokens sampled from the model to train on, where there is no --corpus
     eval_tokens: int = 32_768            # held-out tokens for the final figures
     context: int = 128                   # tokens a window, or less where the model has less
@@ -62,7 +63,7 @@ class SAEConfig:
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise UserError(f"--sae-objective {self.objective}: choose from {', '.join(OBJECTIVES)}")
-        for name in ("num_features", "batch_size", "tokens", "buffer_rows", "eval_tokens", "resample_rows", "text_tokens", "lr"):
+        for name in ("num_features", "batch_size", "tokens", "buffer_rows", "eval_tokens", "resample_rows", "text_batch", "text_tokens", "lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--sae-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         if self.context < 2:
@@ -239,6 +240,8 @@ def read_sae(path: Path) -> tuple[Path, Path, dict[str, Tensor]]:
     if file is None:
         raise UserError(f"{path}: no such file as {', '.join(kinds)} in this folder: not an SAE of a known kind")
     tensors = load_state(file) if file.suffix == ".pt" else read_safetensors(file)
+    if not isinstance(tensors, dict):
+        raise UserError(f"{file}: holds no tensors by name: not an SAE of a known kind")
     return file, file.with_name(kinds.get(file.name, f"{file.stem}_cfg.json")), tensors.get("ae", tensors)     # "ae": in backups
 
 
@@ -643,9 +646,10 @@ def refit_decoder(sae: SAE, x_ND: Tensor, ridge: float = 1e-3) -> None:
         features_NF = F.pad(sae.encode(chunk_ND.float()), (0, 1), value=1.0)          # the last column is the constant: b_dec
         gram, moment = gram + features_NF.T @ features_NF / rows, moment + features_NF.T @ chunk_ND.float() / rows
     # The ridge pulls towards the old decoder, so that a feature that hardly fires stays as it is.
+    penalty = ridge * gram.diagonal().mean()
+    gram.diagonal().add_(penalty)
     old = torch.cat([sae.W_dec_FD, sae.b_dec_D[None]])
-    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-    W_dec_FD, b_dec_D = torch.linalg.solve(gram + penalty, moment + penalty @ old).split([sae.num_features, 1])
+    W_dec_FD, b_dec_D = torch.linalg.solve(gram, moment + penalty * old).split([sae.num_features, 1])
     sae.b_enc_F += (b_dec_D[0] - sae.b_dec_D) @ sae.W_enc_DF                          # the encoder sees what it saw before
     sae.b_dec_D.copy_(b_dec_D[0])
     sae.W_dec_FD.copy_(W_dec_FD)

@@ -395,7 +395,7 @@ def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokeni
         if not heldout:
             raise UserError(f"{args.corpus}: {len(windows_BT)} windows of {context} tokens are too few to train on and hold some out")
     else:
-        windows_BT = sample_windows(model, tokenizer, heldout + -(-cfg.text_tokens // context), context, generator)
+        windows_BT = sample_windows(model, tokenizer, heldout + -(-cfg.text_tokens // context), context, cfg.text_batch, generator)
     write_safetensors(path, {"heldout": windows_BT[:heldout], "train": windows_BT[heldout:], "generator": generator.get_state()})
     return windows_BT[heldout:], windows_BT[:heldout]
 
@@ -410,12 +410,12 @@ def find_text(run: "Run") -> Path | None:
     return None
 
 
-def sample_windows(model: Pythia, tokenizer: Tokenizer, number: int, context: int, generator: torch.Generator) -> Tensor:
-    """-> tokens_BT sampled from the model, each window from an end-of-text token on."""
+def sample_windows(model: Pythia, tokenizer: Tokenizer, number: int, context: int, batch: int, generator: torch.Generator) -> Tensor:
+    """-> tokens_BT sampled from the model, `batch` windows at once, each from an end-of-text token on."""
     chunks = []
     with tqdm(total=number * context, desc="sample text", unit="tok", unit_scale=True) as bar:
-        for start in range(0, number, 512):
-            prompt_BT = torch.full((min(512, number - start), 1), tokenizer.end_of_text, device=model.device)
+        for start in range(0, number, batch):
+            prompt_BT = torch.full((min(batch, number - start), 1), tokenizer.end_of_text, device=model.device)
             chunks.append(model.generate(prompt_BT, context - 1, generator=generator).int().cpu())
             bar.update(chunks[-1].numel())
     return torch.cat(chunks)
@@ -612,7 +612,7 @@ ASSETS = Path(__file__).parent / "assets"
 DEPENDS = {"lm": ("corpus", "seed"), "sae": ("model", "layers", "corpus", "dtype", "seed"), "reward": ("model", "corpus", "seed"),
            "rlhf": ("model", "layers", "policy", "edit", "reward", "prompts", "eval_prompts", "dtype", "seed"), "interpret": ("model", "layers"),
            "compare": ("model", "layers", "edit", "reward"), "sweep": ("model", "layers", "policy", "edit", "reward")}
-TEXT_DEPENDS = ("model", "corpus", "dtype", "seed", "context", "text_tokens", "eval_tokens")        # the text of an SAE's training
+TEXT_DEPENDS = ("model", "corpus", "dtype", "seed", "context", "text_batch", "text_tokens", "eval_tokens")        # the text of an SAE's training
 
 
 class Parser(argparse.ArgumentParser):
@@ -648,7 +648,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         group = parser.add_argument_group(f"--stage {stage}")
         for field in dataclasses.fields(config):
             group.add_argument(f"--{stage}-{field.name.replace('_', '-')}", type=FIELD_TYPES.get(field.type, field.type),
-                               default=field.default, help=" ")
+                               default=field.default, help="default: %(default)s")
     args, unknown = parser.parse_known_args(argv)
     args.argv = argv
     if unknown:
@@ -735,8 +735,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         code, told = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
-        code, told = 2, (f"error: out of GPU memory ({str(error).splitlines()[0]}): lower --lm-micro-batch, --sae-buffer-rows and "
-                         "--sae-batch-size, --reward-batch-size or --rlhf-micro-batch, or take --dtype bfloat16")
+        code, told = 2, (f"error: out of GPU memory ({str(error).splitlines()[0]}): lower --lm-micro-batch, --sae-text-batch, "
+                         "--sae-buffer-rows and --sae-batch-size, --reward-batch-size, or --rlhf-micro-batch and --rlhf-generate-batch, "
+                         "or take --rlhf-recompute yes, or --dtype bfloat16")
     except KeyboardInterrupt as stopped:
         code, told = 128 + (stopped.args or (signal.SIGINT,))[0], "stopped; --resume goes on from the last saved state"
     print(told, file=sys.stderr)                     # not before the traceback is gone, and with it an unfinished progress bar

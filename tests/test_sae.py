@@ -11,8 +11,8 @@ from bench import NoRun, PlantedRows
 from conftest import CONFIG, complaint, killed_and_resumed, random_model, random_tokens
 from pythia import read_safetensors, write_json, write_safetensors
 from sae import (BANDWIDTH, OBJECTIVES, SAE, ActivationBuffer, Pass, SAEConfig, SAETrainer, active, auxk, evaluate_sae, gate_error,
-                 jumprelu, load_sae, mlp_rows, mmcs, normalize_decoder, random_dictionary, refit_decoder, remove_radial_gradient, resample_dead, train_on_rows,
-                 train_sae)
+                 jumprelu, load_sae, mlp_rows, mmcs, normalize_decoder, random_dictionary, read_sae, refit_decoder, remove_radial_gradient, resample_dead,
+                 train_on_rows, train_sae)
 from train import Run
 
 D, F, LAYER = CONFIG.hidden_size, 80, 2
@@ -359,6 +359,11 @@ def test_finished_sae_encodes_as_in_training_and_round_trips(name, tmp_path):
     assert torch.equal(back.encode(x_ND), sae.encode(x_ND)) and torch.equal(back(x_ND), sae(x_ND))
     kind = {"topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "gated": "jumprelu"}.get(name, "standard")
     assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == kind
+
+
+def test_a_pickle_without_names_is_told(tmp_path):
+    torch.save([1, 2], tmp_path / "ae.pt")
+    assert "no tensors by name" in complaint(read_sae, tmp_path)
 
 
 def test_penalties_bear_rows_without_features():
