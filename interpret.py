@@ -534,7 +534,7 @@ def plot_sweep(path: Path, rows: list[dict]) -> None:
             points = sorted((row["l0"], row[key]) for row in rows if row["objective"] == objective)
             axis.plot(*zip(*points), marker=".", color=f"C{i}", linewidth=1, label=objective)
         axis.set(title=key, xlabel="L0")
-    axes[0, 0].legend(frameon=False, fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     save_figure(path, figure)
 
 

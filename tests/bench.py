@@ -443,7 +443,7 @@ def explain(args: argparse.Namespace) -> None:
     of the model with shuffled weights is trained here, with the options of the SAE in --run, on the same text."""
     cfg, text = read_json(args.run / "config.json"), read_safetensors(args.run / "text.safetensors")
     model, layer, generator = Pythia.from_pretrained(cfg["model"], dtype=torch.float32), int(cfg["layers"].strip("[]")), torch.Generator().manual_seed(args.seed)
-    cfg = SAEConfig(**{field.name: cfg[field.name] for field in dataclasses.fields(SAEConfig)})
+    cfg = SAEConfig(**{field.name: cfg[field.name] for field in dataclasses.fields(SAEConfig) if field.name in cfg})
     trained = load_sae(args.run, model=model, model_name=args.model, layer=layer)
     shuffled = shuffled_weights(model, generator)
     other = train_sae(shuffled, layer, text["train"], cfg, NoRun(), generator)
