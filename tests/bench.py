@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo  # noqa: E402
-from interpret import as_sparse_as, explanation_score, shuffled_weights, token_entropy  # noqa: E402
+from interpret import as_sparse_as, class_means, explanation_score, shuffled_weights, token_entropy  # noqa: E402
 from pythia import Pythia, PythiaConfig, Tokenizer, read_json, read_rows, read_safetensors, write_json, write_safetensors  # noqa: E402
 from reward import RewardModel, cut_pairs, encode_pairs, pad_right, pairs_from_labels  # noqa: E402
 from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, load_sae, mlp_rows, mmcs, train_on_rows, train_sae  # noqa: E402
@@ -438,6 +438,14 @@ def planted(args: argparse.Namespace) -> None:
                           "seconds": round(seconds, 1)}), flush=True)
 
 
+def by_token(rows_ND: Tensor, tokens_BT: Tensor) -> float:
+    """-> the share of the variance on odd windows that the rows' means by token, on even windows, explain."""
+    token_N, fit_N = tokens_BT[:, 1:].flatten().long(), (torch.arange(len(tokens_BT)) % 2 == 0).repeat_interleave(tokens_BT.shape[1] - 1)
+    seen_ND, held_ND = rows_ND[fit_N], rows_ND[~fit_N]
+    mean_CD = class_means(seen_ND, token_N[fit_N], seen_ND.mean(0).expand(int(token_N.max()) + 1, -1), 2.0)
+    return 1 - ((held_ND - mean_CD[token_N[~fit_N]]).square().sum() / (held_ND - held_ND.mean(0)).square().sum()).item()
+
+
 def explain(args: argparse.Namespace) -> None:
     """Do the text's tokens explain SAE features better than controls? Means over columns of `explanation_score` and `token_entropy`. The SAE
     of the model with shuffled weights is trained here, with the options of the SAE in --run, on the same text."""
@@ -446,8 +454,10 @@ def explain(args: argparse.Namespace) -> None:
     cfg = SAEConfig(**{field.name: cfg[field.name] for field in dataclasses.fields(SAEConfig) if field.name in cfg})
     trained = load_sae(args.run, model=model, model_name=args.model, layer=layer)
     shuffled = shuffled_weights(model, generator)
-    other = train_sae(shuffled, layer, text["train"], cfg, NoRun(), generator)
     rows_ND, other_ND = (mlp_rows(m, layer, text["heldout"]).float() for m in (model, shuffled))
+    print(json.dumps({"bench": "explain", "seed": args.seed, "variance_explained_by_the_token": round(by_token(rows_ND, text["heldout"]), 4),
+                      "shuffled": round(by_token(other_ND, text["heldout"]), 4)}), flush=True)
+    other = train_sae(shuffled, layer, text["train"], cfg, NoRun(), generator)
     features_NF, other_NF = trained.encode(rows_ND), other.encode(other_ND)
     rate_F, directions_DG = (features_NF > 0).float().mean(0), F.normalize(torch.randn(rows_ND.shape[1], args.features, generator=generator), dim=0)
     columns = {"SAE": features_NF, "MLP coordinates": as_sparse_as(rows_ND, rate_F), "random directions": as_sparse_as(rows_ND @ directions_DG, rate_F),
