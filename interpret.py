@@ -161,7 +161,7 @@ def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen
         fires_on = [pair for pair in top_tokens(weight_V / weight_V.sum().clamp(min=1e-9), tokenizer, 5) if pair[1] > 0]
         contexts = top_contexts(activations_BT, tokens_BT, tokenizer, cfg.contexts, cfg.width)
         cards.append(FeatureCard(
-            layer, i, coef, bias, rate_F[i].item(), peak, histogram, fires_on, number(score.pearson_F[g].item()),
+            layer, i, coef, bias, rate_F[i].item(), peak, histogram, fires_on, finite(score.pearson_F[g].item()),
             top_tokens(effect_V, tokenizer, cfg.logit_tokens), [(token, -v) for token, v in top_tokens(-effect_V, tokenizer, cfg.logit_tokens)],
             contexts + quantile_contexts(activations_BT, tokens_BT, tokenizer, cfg.width)))
     return cards, about
@@ -181,7 +181,7 @@ def explanations(rows_ND: Tensor, tokens_BT: Tensor, rate_F: Tensor, features: "
     return {"explanations": means, "num_features": len(rate_F)}
 
 
-def number(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """-> the value as JSON can hold it: None for NaN and infinities."""
     return value if math.isfinite(value) else None
 
@@ -461,7 +461,7 @@ def by_prompt(x_B: Tensor, per_prompt: int) -> Tensor:
 
 def mean_se(x_P: Tensor) -> dict[str, float | None]:
     """-> mean over prompts and its standard error."""
-    return {"mean": number(x_P.mean().item()), "se": number((x_P.std() / len(x_P) ** 0.5).item())}
+    return {"mean": finite(x_P.mean().item()), "se": finite((x_P.std() / len(x_P) ** 0.5).item())}
 
 
 def agreement(effects: dict[Feature, dict], single: dict[Feature, Tensor], predicted: dict[Feature, Tensor]) -> dict:
@@ -474,7 +474,8 @@ def agreement(effects: dict[Feature, dict], single: dict[Feature, Tensor], predi
 
 
 def correlation(x_G: Tensor, y_G: Tensor) -> float | None:
-    return number(F.cosine_similarity(x_G - x_G.mean(), y_G - y_G.mean(), dim=0).item()) if len(x_G) > 2 else None
+    """-> Pearson r; None of fewer than three."""
+    return finite(F.cosine_similarity(x_G - x_G.mean(), y_G - y_G.mean(), dim=0).item()) if len(x_G) > 2 else None
 
 
 def carriers(kept: list[dict], share: float = 0.9) -> float | None:

@@ -327,9 +327,9 @@ class Screen:
     def __init__(self):
         self.masks: dict[str, Tensor] = {}
 
-    def choose(self, policy: EditPolicy, score_gradients: dict[str, Tensor], gradients: dict[str, Tensor], keep: int) -> None:
-        """Choose by `forward_selection` among the numbers of all parameters together; both arguments as of `episode_gradients`."""
-        chosen = forward_selection(*(torch.cat(list(parts.values()), 1) for parts in (score_gradients, gradients)), keep)
+    def choose(self, logps: dict[str, Tensor], gradients: dict[str, Tensor], keep: int) -> None:
+        """Choose by `forward_selection` among the numbers of all parameters together; both dicts as of `episode_gradients`."""
+        chosen = forward_selection(*(torch.cat(list(parts.values()), 1) for parts in (logps, gradients)), keep)
         mask = torch.zeros(sum(part.shape[1] for part in gradients.values()), device=chosen.device).index_fill(0, chosen, 1.0)
         self.masks = dict(zip(gradients, mask.split([part.shape[1] for part in gradients.values()])))
 
@@ -353,7 +353,7 @@ def screen_numbers(screen: Screen, policy: EditPolicy, act: Callable[[str], tupl
         for rows in slices(cfg.episodes, cfg.micro_batch):
             batch = select(rollout, rows)
             parts.append(tuple(episode_gradients(policy, batch, weight_BR, cfg) for weight_BR in (batch.mask_BR, advantages_BR[rows])))
-    screen.choose(policy, *({name: torch.cat([part[i][name] for part in parts]) for name in parts[0][0]} for i in (0, 1)), cfg.keep)
+    screen.choose(*({name: torch.cat([part[i][name] for part in parts]) for name in parts[0][0]} for i in (0, 1)), cfg.keep)
 
 
 def episode_gradients(policy: EditPolicy, batch: "Rollout", weight_BR: Tensor, cfg: PPOConfig) -> dict[str, Tensor]:
@@ -375,22 +375,23 @@ def episode_gradients(policy: EditPolicy, batch: "Rollout", weight_BR: Tensor, c
             for name, value_BF in policy.edits[layer].gradients(features[layer], gradient_BTD).items()}
 
 
-def forward_selection(scores_NK: Tensor, gradients_NK: Tensor, number: int, ridge: float = 1.0) -> Tensor:
+def forward_selection(logps_NK: Tensor, gradients_NK: Tensor, number: int, ridge: float = 1.0) -> Tensor:
     """Which of K numbers promise most gain for their KL -> their indices, in the order of choice.
 
     To second order, moving by δ gains g·δ and costs ½ δᵀFδ nats: g is the mean of the episodes' policy gradients (N rows), F the Fisher
-    information, the mean of s sᵀ over the episodes' gradients s of log π. The best δ is the natural gradient F⁻¹g (Kakade 2001). Here the
-    numbers are chosen one by one, each time the one whose gradient the others' best step leaves largest: orthogonal matching pursuit (Pati
-    et al. 1993), in units in which F has diagonal 1, with a ridge against noise. Features that say the same are not chosen twice.
+    information, the mean of s sᵀ over the episodes' gradients s of log π (`logps_NK`). The best δ is the natural gradient F⁻¹g (Kakade
+    2001). Here the numbers are chosen one by one, each time the one whose gradient the others' best step leaves largest: orthogonal
+    matching pursuit (Pati et al. 1993), in units in which F has diagonal 1, with a ridge against noise. Features that say the same are
+    not chosen twice.
     """
-    N, size_K = len(scores_NK), scores_NK.square().mean(0).sqrt().clamp(min=1e-8)
-    scores_NK, gradient_K = scores_NK / size_K, gradients_NK.mean(0) / size_K
+    N, size_K = len(logps_NK), logps_NK.square().mean(0).sqrt().clamp(min=1e-8)
+    logps_NK, gradient_K = logps_NK / size_K, gradients_NK.mean(0) / size_K
     chosen, left_K = [], gradient_K.abs()
     for _ in range(min(number, len(left_K))):
         chosen.append(int(left_K.argmax()))
-        some_NC = scores_NK[:, chosen]               # C: those chosen so far
+        some_NC = logps_NK[:, chosen]                # C: those chosen so far
         step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), gradient_K[chosen])
-        left_K = (gradient_K - scores_NK.T @ (some_NC @ step_C) / N).abs()
+        left_K = (gradient_K - logps_NK.T @ (some_NC @ step_C) / N).abs()
         left_K[chosen] = -1.0
     return torch.tensor(chosen, device=left_K.device)
 

@@ -519,7 +519,7 @@ class SAETrainer:
         with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):     # parameters and loss stay float32
             pre_NF = sae.pre(x_ND).float()
             features_NF = objective.activation(sae, pre_NF, cfg.l0)
-            reconstruction_ND = ActiveProduct.apply(features_NF, sae.W_dec_FD) + sae.b_dec_D if self.sparse() else sae.decode(features_NF)
+            reconstruction_ND = ActiveProduct.apply(features_NF, sae.W_dec_FD) + sae.b_dec_D if self.few_active() else sae.decode(features_NF)
         p = Pass(sae, x_ND, pre_NF, features_NF, x_ND - reconstruction_ND.float(), self.dead_F())
         error = p.error_ND.square().sum(-1).mean()
         loss = error + l1_coef * objective.penalty(p).mean() if objective.penalty else error
@@ -556,7 +556,7 @@ class SAETrainer:
             refit_decoder(sae, x_ND)
         return sae.requires_grad_(False)
 
-    def sparse(self) -> bool:
+    def few_active(self) -> bool:
         """-> whether so few features are active that `ActiveProduct` beats a matrix product (on a CPU with MKL, from 1/32 on, as measured).
         jumprelu's thresholds learn from features that are 0."""
         return (self.mean_l0 is not None and self.mean_l0 < self.sae.num_features / 32 and self.objective.activation is not jumprelu

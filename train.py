@@ -66,8 +66,7 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
                                              torch.Generator().manual_seed(args.seed)) for layer, trained in saes.items()}
     policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit)
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
-    prompts, eval_prompts = (ppo.Prompts(read_prompts(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, args.device,
-                                         cfg.prompt_tokens, number) for path, number in ((args.prompts, None), (args.eval_prompts, cfg.eval_size)))
+    prompts, eval_prompts = load_prompts(args.prompts, model, tokenizer, cfg), load_prompts(args.eval_prompts, model, tokenizer, cfg, cfg.eval_size)
     evaluation = ppo.Evaluation(model, eval_prompts, score_fn, cfg, seed=1_000_000 + args.seed)
     start = time.monotonic()
     ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(args.seed), evaluation)
@@ -124,8 +123,7 @@ def learned_policy(args: argparse.Namespace, cfg: interpret.InterpretConfig, mod
     rlhf = dataclasses.replace(rlhf, eval_samples=min(max(cfg.effect_samples, cfg.fresh_samples), rlhf.eval_samples))
     policy = ppo.make_policy("coef", model, args.layers, saes, rlhf, config["edit"])
     ppo.Trainable(policy).load_state_dict(learned)
-    prompts = ppo.Prompts(read_prompts(config["eval_prompts"]), tokenizer, rlhf.response_tokens, model.cfg.max_positions, args.device,
-                          rlhf.prompt_tokens, rlhf.eval_size)
+    prompts = load_prompts(config["eval_prompts"], model, tokenizer, rlhf, rlhf.eval_size)
     score_fn = reward.load_reward(config["reward"], tokenizer, args.dtype, args.device)
     return policy, ppo.Evaluation(model, prompts, score_fn, rlhf, seed=2_000_000 + int(config["seed"]))
 
@@ -445,6 +443,11 @@ def read_prompts(path: str) -> list[str]:
     return lines
 
 
+def load_prompts(path: str, model: Pythia, tokenizer: Tokenizer, cfg: ppo.PPOConfig, number: int | None = None) -> ppo.Prompts:
+    """-> a file's prompts as RLHF takes them; with `number`, the first so many."""
+    return ppo.Prompts(read_prompts(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, model.device, cfg.prompt_tokens, number)
+
+
 # What compare and sweep do with runs.
 
 RLHF_FIGURES = ("score_gain_std", "kl", "gold_gain_std", "reward_loss", "distinct_2", "ref_perplexity", "n_changed", "seconds", "peak_memory_gib")
@@ -467,7 +470,7 @@ def run_apart(cell: argparse.Namespace, stage: str = "rlhf") -> None:
             raise UserError(f"{folder_of(cell, stage)}: this run failed, see above; --resume goes on behind those that are finished")
 
 
-def evaluations(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """-> KL and gain of each held-out prompt at each evaluation of a run, kl_EP and gain_EP."""
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "eval_kls" in row]
     return np.array([row["eval_kls"] for row in rows]), np.array([row["eval_gains"] for row in rows])
@@ -659,7 +662,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 FIELD_TYPES = {bool: lambda text: bool(("no", "yes").index(text)),
                tuple[float, ...]: lambda text: tuple(float(part) for part in text.split(",") if part),
-              tuple[str, ...]: lambda text: tuple(part.strip() for part in text.split(",") if part.strip())}
+               tuple[str, ...]: lambda text: tuple(part.strip() for part in text.split(",") if part.strip())}
 
 
 def choose_device(args: argparse.Namespace) -> None:

@@ -332,7 +332,7 @@ def test_work_for_the_active_features_alone_gives_the_same_gradients(name):
     for sparse in (True, False):
         trainer, x_ND = objective_trainer(name)
         trainer.mean_l0 = F / 40 if sparse else F / 4
-        assert trainer.sparse() == (sparse and name != "jumprelu")
+        assert trainer.few_active() == (sparse and name != "jumprelu")
         trainer.step(50, x_ND)
         gradients.append({key: value.grad for key, value in trainer.sae.named_parameters() if value.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) >= 4
