@@ -517,13 +517,13 @@ def plot_frontier(path: Path, runs: dict[str, list[list[tuple[float, float]]]]) 
 
 
 def plot_sweep(path: Path, rows: list[dict]) -> None:
-    """What each SAE explains against its L0, and, where RLHF was run, what it gains: a colour for each objective."""
-    panels = [key for key in ("fvu", "ce_recovered", "explanation_score", "score_gain_std") if key in rows[0]]
+    """What each SAE explains against its L0, and, where RLHF was run, what it gains at equal KL: a colour for each objective."""
+    panels = [key for key in ("fvu", "ce_recovered", "explanation_score", "gain", "carriers") if any(row.get(key) is not None for row in rows)]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
     for axis, key in zip(axes[0], panels):
         for i, objective in enumerate(dict.fromkeys(row["objective"] for row in rows)):
-            points = sorted((row["l0"], row[key]) for row in rows if row["objective"] == objective)
-            axis.plot(*zip(*points), marker=".", color=f"C{i}", linewidth=1, label=objective)
+            points = sorted((row["l0"], row[key]) for row in rows if row["objective"] == objective and row.get(key) is not None)
+            axis.plot(*zip(*points) if points else ((), ()), marker=".", color=f"C{i}", linewidth=1, label=objective)
         axis.set(title=key, xlabel="L0")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     save_figure(path, figure)

@@ -194,18 +194,22 @@ class SweepConfig:
 
 def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
     """Train an SAE for each objective, L0 target and seed, and --policy on each, in folders OUT/sweep-OBJECTIVE-L0-SEED, on the same text;
-    then lay the SAEs' figures and the gains side by side, means over seeds. Finished cells are not run again."""
-    rows = []
+    then lay the SAEs' figures and the gains side by side, means over seeds; of coef also how many features carry 90 % of the gain, from
+    each cell's report. Finished cells are not run again."""
+    stages, rows = (["rlhf", "interpret"] if args.policy == "coef" else ["rlhf"]) if cfg.rlhf else ["sae"], []
     for objective, l0 in itertools.product(cfg.objectives, cfg.l0):
         cells = [another(args, ["--sae-objective", objective, "--sae-l0", f"{l0:g}", "--seed", str(seed), "--out",
                                 f"{args.out}/sweep-{objective}-{l0:g}-{seed}"], [args.tag]) for seed in range(cfg.seeds)]
-        for cell in cells:
-            run_apart(cell, "rlhf" if cfg.rlhf else "sae")
+        for cell, stage in itertools.product(cells, stages):
+            run_apart(cell, stage)
         figures = means([read_json(folder_of(cell, "sae") / "metrics.json") for cell in cells], SAE_FIGURES)
         if cfg.rlhf:
             folders = [folder_of(cell, "rlhf") for cell in cells]
-            figures |= intervals("gain at", (cfg.kl,), *ppo.gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,)))
+            gain, drawn = ppo.gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,))
+            figures |= {"gain": interpret.finite(gain.item())} | intervals("gain at", (cfg.kl,), gain, drawn)
             figures |= means([read_json(folder / "metrics.json") for folder in folders])
+        if "interpret" in stages:
+            figures |= means([read_json(folder_of(cell, "interpret") / "metrics.json") for cell in cells], ("carriers",))
         rows.append({"objective": objective, "target": l0} | figures)
         interpret.plot_sweep(run.folder / "sweep.png", rows)
         write_tables(run.folder / "tables.md", rows)
@@ -484,8 +488,8 @@ def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def means(figures: list[dict], keys: tuple[str, ...] = RLHF_FIGURES) -> dict:
-    """-> the means over runs."""
-    return {key: statistics.mean(each[key] for each in figures) for key in keys if all(key in each for each in figures)}
+    """-> the means over runs, of what each of them measured."""
+    return {key: statistics.mean(each[key] for each in figures) for key in keys if all(each.get(key) is not None for each in figures)}
 
 
 def intervals(title: str, kls: tuple[float, ...], values: np.ndarray, drawn: np.ndarray) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 
 import train
 from conftest import complaint
-from pythia import Pythia, PythiaConfig, Tokenizer, load_state, read_json, read_safetensors
+from pythia import Pythia, PythiaConfig, Tokenizer, load_state, read_json, read_safetensors, write_json
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--sae-text-tokens", "4000", "--sae-eval-tokens", "1024", "--sae-context", "32", "--sae-tokens", "12000", "--sae-batch-size", "256",
@@ -161,10 +161,14 @@ def test_sweep_trains_each_cell_once(whole, tmp_path, capsys):
     assert [row["objective"] for row in rows] == ["l1", "topk"] and rows[1]["l0"] == pytest.approx(5, abs=0.5) and "gain at 0.001" in rows[0]
     texts = [read_safetensors(tmp_path / f"sweep-{name}-5-0" / "sae" / "text.safetensors")["train"] for name in ("l1", "topk")]
     assert texts[0].equal(texts[1])
+    assert rows[0]["gain"] == pytest.approx(float(rows[0]["gain at 0.001"].split()[0]), abs=0.005)
+    report = tmp_path / "sweep-l1-5-0" / "report" / "metrics.json"          # so short a training gains nothing: as if it had
+    write_json(report, read_json(report) | {"carriers": 7})
     stamps = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("sweep-*/*/metrics.json"))]
     (tmp_path / "sweep" / "metrics.json").unlink()
     assert run(*options, "--resume", out=tmp_path) == 0
-    assert len(stamps) == 4 and stamps == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("sweep-*/*/metrics.json"))]
+    assert len(stamps) == 6 and stamps == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("sweep-*/*/metrics.json"))]
+    assert [row.get("carriers") for row in read_json(tmp_path / "sweep" / "metrics.json")["cells"]] == [7, None]
 
 
 def test_lm_and_reward_stages(tmp_path):
