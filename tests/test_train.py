@@ -228,6 +228,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--stage", "interpret"], "--stage sae"),
     (["--corpus", "no-such-file.txt", "--stage", "sae"], "no-such-file.txt"),
     (["--rlhf-episodes", "10", "--rlhf-minibatches", "4"], "--rlhf-episodes"),
+    (["--rlhf-eval-size", "1"], "--eval-prompts"),
 ])
 def test_misuse_is_one_clear_line(options, told, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
