@@ -4,11 +4,14 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import backend_registration
 
 import train
 from conftest import complaint
@@ -196,6 +199,33 @@ def test_preferences_in_the_hubs_format_to_a_report(tmp_path, whole):
     options = ["--reward", str(tmp_path / "reward" / "model"), "--gold", "", "--prompts", str(prefs), "--eval-prompts", str(prefs)]
     assert run("--stage", "rlhf", *options, out=tmp_path) == 0 and run("--stage", "interpret", *options, out=tmp_path) == 0
     assert "Human: Was film 3 good?" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this PyTorch cannot pretend a device")
+@pytest.mark.parametrize("options", [["--layer", "1,2", "--edit", "scale+bias", "--rlhf-keep", "8", "--rlhf-screen", "1"],
+                                     ["--stage", "rlhf", "--policy", "lora"], ["--stage", "rlhf", "--policy", "full"]])
+def test_no_tensor_is_made_on_the_wrong_device(options, tmp_path):
+    """The whole path on a pretended GPU; pretend_gpu.py changes PyTorch, so it has a process of its own."""
+    small = [*SHORT, "--gold", "", "--rlhf-iterations", "2", "--rlhf-eval-size", "4", "--rlhf-response-tokens", "4", "--interpret-features", "2", "--interpret-checks", "1", "--dtype", "float32"]
+    done = subprocess.run([sys.executable, ROOT / "tests" / "pretend_gpu.py", *small, *options, "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_pretended_gpu_refuses_other_tensors():
+    code = """
+import torch, pretend_gpu
+with pretend_gpu.PretendGPU():
+    a, b = torch.ones(3, device="pretend:0"), torch.ones(3)
+    assert (a + b.to(a.device)).cpu().tolist() == [2, 2, 2] and (a * b[0]).device.type == "pretend" and a[b.long()].device == a.device
+    for mixed in (lambda: a + b, lambda: b[a.long()], lambda: torch.stack([a, b]), lambda: a.index_put_((a.long(),), b), lambda: b[0].add_(a[0])):
+        try:
+            mixed()
+        except RuntimeError as error:
+            assert "one device" in str(error)
+        else:
+            raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "tests")
 
 
 def broken_model(tmp_path: Path, **changes) -> Path:
