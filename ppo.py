@@ -603,8 +603,9 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
     policy.model.recompute = cfg.recompute
+    # One tensor after the other: all at once, PyTorch's default on a GPU, takes another copy of the trained weights for what lies between.
     optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in
-                                  (*policy.learning_rates(cfg.lr), (list(critic.parameters()), cfg.critic_lr))], eps=cfg.adam_eps)
+                                  (*policy.learning_rates(cfg.lr), (list(critic.parameters()), cfg.critic_lr))], eps=cfg.adam_eps, foreach=False)
     kl, masks = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon), {}             # masks: with `keep`, which numbers learn
     standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
 

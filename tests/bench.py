@@ -218,7 +218,7 @@ class PPOBench:
         self.policy, self.score_fn, self.cfg, model = policy, score_fn, cfg, policy.model
         self.prompt_BT = random_tokens(model, cfg.episodes, prompt_tokens)
         self.critic = ppo.Critic(model.cfg.hidden_size, cfg.response_tokens, model.device)
-        self.optimizer = torch.optim.Adam([*policy.trainable().values(), *self.critic.parameters()], lr=1e-5)
+        self.optimizer = torch.optim.Adam([*policy.trainable().values(), *self.critic.parameters()], lr=1e-5, foreach=False)
         self.generator = torch.Generator().manual_seed(0)
         self.standardize = ppo.Standardize(0.0, 1.0)
         model.recompute = cfg.recompute

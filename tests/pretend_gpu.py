@@ -20,7 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 _setup_privateuseone_for_python_backend("pretend")
-DEVICE, CPU = torch.device("pretend", 0), torch.device("cpu")
+DEVICE, HELD_ON = torch.device("pretend", 0), torch.device("cpu")
 COPIES = ("aten::copy_", "aten::_to_copy")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
@@ -61,6 +61,11 @@ def held(x: Any) -> Any:
     return x.held if isinstance(x, OnDevice) else x
 
 
+def perform(func: Any, args: tuple, kwargs: dict) -> Any:
+    """One operation on the tensors held; memory.py has another in its place."""
+    return func(*args, **kwargs)
+
+
 def call(func: Any, args: tuple, kwargs: dict) -> Any:
     """-> what one operation gives, on the device of its inputs, or the one that it names."""
     name, tensors = func._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -68,12 +73,12 @@ def call(func: Any, args: tuple, kwargs: dict) -> Any:
     if there and name not in COPIES:
         refuse_mixture(name, args, here)
     if name == "aten::_local_scalar_dense":          # .item()
-        return func(held(args[0]))
+        return perform(func, (held(args[0]),), {})
     on_device = isinstance(args[0], OnDevice) if name in COPIES else bool(there)
     if kwargs.get("device") is not None:
         on_device = torch.device(kwargs["device"]).type == DEVICE.type
-        kwargs = kwargs | {"device": CPU if on_device else kwargs["device"]}
-    out = func(*tree_map(held, args), **tree_map(held, kwargs))
+        kwargs = kwargs | {"device": HELD_ON if on_device else kwargs["device"]}
+    out = perform(func, tree_map(held, args), tree_map(held, kwargs))
     if not on_device:
         return args[0] if name == "aten::copy_" else out
     wrapped = tree_map(lambda x: OnDevice(x) if isinstance(x, torch.Tensor) else x, out)
@@ -100,14 +105,19 @@ def no_autocast(autocast: Any) -> Any:
     return lambda kind, *args, **kwargs: contextlib.nullcontext() if kind == DEVICE.type else autocast(kind, *args, **kwargs)
 
 
-def main(argv: list[str]) -> int:
-    """-> train.py's exit code."""
+def patch() -> None:
+    """Change what goes past `PretendGPU` in PyTorch, in this process."""
     torch.tensor, torch.Tensor.tolist, torch.autocast = to_device_first(torch.tensor), to_device_first(torch.Tensor.tolist), no_autocast(torch.autocast)
     # Where a tensor is indexed by a list, PyTorch makes it on the device by these two, below every Python mode.
-    library = torch.library.Library("aten", "IMPL")
+    OnDevice.kernels = library = torch.library.Library("aten", "IMPL")          # kept, else they are taken back
     library.impl("empty_strided", lambda size, stride, dtype=None, **_: OnDevice(torch.empty_strided(size, stride, dtype=dtype)), "PrivateUse1")
     library.impl("copy_", lambda self, other, non_blocking=False: (self.held.copy_(held(other)), self)[1], "PrivateUse1")
+
+
+def main(argv: list[str]) -> int:
+    """-> train.py's exit code."""
     import train
+    patch()
     with PretendGPU():
         return train.main([*argv, "--device", str(DEVICE)])
 
