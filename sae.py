@@ -639,10 +639,12 @@ def refit_decoder(sae: SAE, x_ND: Tensor, ridge: float = 1e-3) -> None:
     L1 teaches the encoder which features are active, and makes them too small. Least squares puts the size right (compare Wright and
     Sharkey 2024, who fine-tune): which features fire stays the same, and so does L0; rows keep norm 1, their scale goes into the encoder.
     """
-    rows, gram, moment = len(x_ND), 0.0, 0.0
+    (F1, D), rows = (sae.num_features + 1, x_ND.shape[1]), len(x_ND)
+    gram, moment = x_ND.new_zeros(F1, F1, dtype=torch.float32), x_ND.new_zeros(F1, D, dtype=torch.float32)
     for chunk_ND in x_ND.split(8192):
         features_NF = F.pad(sae.encode(chunk_ND.float()), (0, 1), value=1.0)          # the last column is the constant: b_dec
-        gram, moment = gram + features_NF.T @ features_NF / rows, moment + features_NF.T @ chunk_ND.float() / rows
+        gram.addmm_(features_NF.T, features_NF, alpha=1 / rows)                       # in place: with 32,768 features it is 4 GiB
+        moment.addmm_(features_NF.T, chunk_ND.float(), alpha=1 / rows)
     # The ridge pulls towards the old decoder, so that a feature that hardly fires stays as it is.
     penalty = ridge * gram.diagonal().mean()
     gram.diagonal().add_(penalty)

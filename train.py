@@ -53,7 +53,7 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
         trained = sae.train_sae(model, layer, train_BT, cfg, run, generator)
         interpret.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
     trained.save(run.folder, model_name=model_name(args), layer=layer, context=train_BT.shape[1])
-    features_NF = trained.encode(sae.mlp_rows(model, layer, heldout_BT).float())
+    features_NF = torch.cat([trained.encode(sae.mlp_rows(model, layer, batch_BT).float()).cpu() for batch_BT in heldout_BT.split(16)])
     explained_F = interpret.explanation_score(features_NF, heldout_BT).pearson_F
     return sae.evaluate_sae(model, layer, trained, heldout_BT) | {"explanation_score": explained_F.nanmean().item()} | (
         {} if cfg.load else {"tokens_per_second": run.tokens_per_second})
