@@ -81,6 +81,12 @@ def seen(out: Any) -> Any:
     return out
 
 
+def count() -> None:
+    """From here on tensors on the pretended GPU have no data and are counted, in this process."""
+    pretend_gpu.perform, pretend_gpu.HELD_ON = perform, META
+    pretend_gpu.patch()
+
+
 def weights(kind: type, name: str) -> Pythia:
     """-> a frozen bfloat16 model of a published shape."""
     layers, hidden, heads, vocab = bench.SHAPES[name]
@@ -134,8 +140,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--recompute", action="store_true")
     args = parser.parse_args()
-    pretend_gpu.perform, pretend_gpu.HELD_ON = perform, META
-    pretend_gpu.patch()
+    count()
     with PretendGPU():
         for phase in {"rlhf": rlhf, "sae": sae_training}[args.stage](args):
             before, COUNTER.peak = COUNTER.now, COUNTER.now

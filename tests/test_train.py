@@ -201,7 +201,10 @@ def test_preferences_in_the_hubs_format_to_a_report(tmp_path, whole):
     assert "Human: Was film 3 good?" in (tmp_path / "report" / "index.html").read_text()
 
 
-@pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this PyTorch cannot pretend a device")
+pretends = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this PyTorch cannot pretend a device")
+
+
+@pretends
 @pytest.mark.parametrize("options", [["--layer", "1,2", "--edit", "scale+bias", "--rlhf-keep", "8", "--rlhf-screen", "1"],
                                      ["--stage", "rlhf", "--policy", "lora"], ["--stage", "rlhf", "--policy", "full"]])
 def test_no_tensor_is_made_on_the_wrong_device(options, tmp_path):
@@ -211,6 +214,7 @@ def test_no_tensor_is_made_on_the_wrong_device(options, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pretends
 def test_a_pretended_gpu_refuses_other_tensors():
     code = """
 import torch, pretend_gpu
@@ -224,6 +228,23 @@ with pretend_gpu.PretendGPU():
             assert "one device" in str(error)
         else:
             raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "tests")
+
+
+@pretends
+def test_memory_is_counted_as_tensors_come_and_go():
+    code = """
+import torch, memory
+memory.count()
+with memory.PretendGPU():
+    a = torch.empty(1000, 1000, device="pretend:0", requires_grad=True)
+    assert memory.COUNTER.now == 4_000_256                               # in blocks of 512 bytes
+    b = (a @ a).tanh()[0]                                                # a view keeps all of the tanh; autograd needs no product
+    assert (memory.COUNTER.now, memory.COUNTER.peak) == (2 * 4_000_256, 3 * 4_000_256)
+    b.sum().backward()
+    del b
+    assert memory.COUNTER.now == 2 * 4_000_256 and a.grad.shape == a.shape
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "tests")
 
