@@ -268,7 +268,16 @@ def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
     shape = PythiaConfig(math.ceil(tokenizer.vocab_size / 64) * 64, cfg.hidden_size, cfg.num_layers, cfg.num_heads,
                          intermediate_size=4 * cfg.hidden_size, max_positions=cfg.context)
     generator = torch.Generator().manual_seed(args.seed)
-    model = Pythia(shape).initialize(generator).to(args.device)
+    model = train_lm(Pythia(shape).initialize(generator).to(args.device), windows_BT, cfg, run, generator)
+    model.half().save_pretrained(run.folder / "model")
+    tokenizer.save_pretrained(run.folder / "model")
+    steps = run.rows()[-1]["step"] + 1
+    return {"steps": steps, "tokens": steps * cfg.batch_size * cfg.context, "train_loss": run.rows()[-1]["loss"],
+            "loss": evaluate_lm(args, run.folder / "model", cfg.context)}
+
+
+def train_lm(model: Pythia, windows_BT: Tensor, cfg: LMConfig, run: "Run", generator: torch.Generator) -> Pythia:
+    """AdamW on next-token loss over windows of text in random order -> the model, trained in place."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
@@ -283,10 +292,10 @@ def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min((step + 1) / cfg.warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        batch_BT = windows_BT[order[step * cfg.batch_size:(step + 1) * cfg.batch_size]].long().to(args.device)
+        batch_BT = windows_BT[order[step * cfg.batch_size:(step + 1) * cfg.batch_size]].long().to(model.device)
         loss = 0.0
         for micro_BT in batch_BT.split(cfg.micro_batch):
-            with mixed_precision(args.device):       # the weights stay float32
+            with mixed_precision(model.device):      # the weights stay float32
                 part = next_token_loss(model, micro_BT) * len(micro_BT) / len(batch_BT)
             part.backward()
             loss += part.item()
@@ -298,10 +307,7 @@ def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
             run.log(step=step, loss=loss)
             bar.set_postfix(loss=f"{loss:.3f}")
         run.checkpoint(step + 1, cfg.checkpoint_seconds, model=model, optimizer=optimizer)
-    model.half().save_pretrained(run.folder / "model")
-    tokenizer.save_pretrained(run.folder / "model")
-    return {"steps": steps, "tokens": steps * cfg.batch_size * cfg.context, "train_loss": run.rows()[-1]["loss"],
-            "loss": evaluate_lm(args, run.folder / "model", cfg.context)}
+    return model
 
 
 @torch.no_grad()
