@@ -756,8 +756,6 @@ class Evaluation:
     """
 
     def __init__(self, reference: Pythia, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfig, seed: int):
-        if len(prompts.tokens_BT) < 2:
-            raise UserError("--eval-prompts: an evaluation needs at least two prompts (--rlhf-eval-size), for its errors are over prompts")
         self.prompts, self.score_fn, self.cfg, self.seed = prompts, score_fn, cfg, seed
         self.reference = self.samples(reference, None)
 

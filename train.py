@@ -461,8 +461,11 @@ def read_prompts(path: str) -> list[str]:
 
 
 def load_prompts(path: str, model: Pythia, tokenizer: Tokenizer, cfg: ppo.PPOConfig, number: int | None = None) -> ppo.Prompts:
-    """-> a file's prompts as RLHF takes them; with `number`, the first so many."""
-    return ppo.Prompts(read_prompts(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, model.device, cfg.prompt_tokens, number)
+    """-> a file's prompts as RLHF takes them; with `number`, the first so many, to evaluate on."""
+    prompts = ppo.Prompts(read_prompts(path), tokenizer, cfg.response_tokens, model.cfg.max_positions, model.device, cfg.prompt_tokens, number)
+    if number and len(prompts.tokens_BT) < 2:
+        raise UserError("--eval-prompts: an evaluation needs at least two prompts (--rlhf-eval-size), for its errors are over prompts")
+    return prompts
 
 
 # What compare and sweep do with runs.

@@ -111,7 +111,7 @@ def test_full_policy_and_word_list(whole, tmp_path):
 
 
 def test_several_layers_each_with_its_own_sae(whole, capsys):
-    assert run("--stage", "rlhf", "--layer", "1,2", "--edit", "scale+bias", "--tag", "two", out=whole) == 0
+    assert run("--stage", "rlhf", "--layer", "1,2", "--edit", "scale+bias", "--tag", "two", "--rlhf-eval-size", "16", out=whole) == 0
     assert "sae-1 holds no finished SAE" in capsys.readouterr().out
     learned = read_safetensors(whole / "rlhf-coef-two" / "policy.safetensors")
     assert set(learned) == {"1.coef_F", "2.coef_F", "1.bias_F", "2.bias_F"} and all((p_F != ("coef" in name)).any() for name, p_F in learned.items())
@@ -119,7 +119,7 @@ def test_several_layers_each_with_its_own_sae(whole, capsys):
     assert 0 < figures["without_bias_kl"] < figures["kl"] and "without_bias_score_gain_std_se" in figures
     texts = [read_safetensors(whole / name / "text.safetensors") for name in ("sae", "sae-1")]
     assert texts[0]["train"].equal(texts[1]["train"])                  # one text for both
-    assert run("--stage", "interpret", "--tag", "two", out=whole) == 0
+    assert run("--stage", "interpret", "--tag", "two", "--interpret-checks", "0", out=whole) == 0
     report = read_json(whole / "report-two" / "report.json")
     assert list(report["saes"]) == ["1", "2"] and {card["layer"] for card in report["features"]} <= {1, 2} and "layer 1, 2" in report["title"]
     assert {run["name"] for run in report["runs"]} >= {"coef", "coef-two"} and "--layer 1,2" in report["commands"][2]
@@ -158,7 +158,8 @@ def test_compare_trains_what_is_missing_and_reads_off_gains(whole, capsys):
 
 
 def test_sweep_trains_each_cell_once(whole, tmp_path, capsys):
-    options = [*few_prompts(tmp_path), "--stage", "sweep", "--sweep-objectives", "l1,topk", "--sweep-l0", "5", "--sweep-seeds", "1", "--sweep-kl", "0.001"]
+    options = [*few_prompts(tmp_path), "--interpret-features", "2", "--interpret-checks", "0",
+               "--stage", "sweep", "--sweep-objectives", "l1,topk", "--sweep-l0", "5", "--sweep-seeds", "1", "--sweep-kl", "0.001"]
     assert run(*options, out=tmp_path) == 0
     rows = read_json(tmp_path / "sweep" / "metrics.json")["cells"]
     assert [row["objective"] for row in rows] == ["l1", "topk"] and rows[1]["l0"] == pytest.approx(5, abs=0.5) and "gain at 0.001" in rows[0]
@@ -206,10 +207,11 @@ pretends = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateu
 
 @pretends
 @pytest.mark.parametrize("options", [["--layer", "1,2", "--edit", "scale+bias", "--rlhf-keep", "8", "--rlhf-screen", "1"],
-                                     ["--stage", "rlhf", "--policy", "lora"], ["--stage", "rlhf", "--policy", "full"]])
+                                     ["--stage", "rlhf", "--policy", "lora"]])
 def test_no_tensor_is_made_on_the_wrong_device(options, tmp_path):
     """The whole path on a pretended GPU; pretend_gpu.py changes PyTorch, so it has a process of its own."""
-    small = [*SHORT, "--gold", "", "--rlhf-iterations", "2", "--rlhf-eval-size", "4", "--rlhf-response-tokens", "4", "--interpret-features", "2", "--interpret-checks", "1", "--dtype", "float32"]
+    small = [*SHORT, "--sae-tokens", "3000", "--gold", "", "--rlhf-iterations", "1", "--rlhf-eval-size", "4",
+             "--rlhf-response-tokens", "4", "--interpret-features", "2", "--interpret-checks", "1", "--dtype", "float32"]
     done = subprocess.run([sys.executable, ROOT / "tests" / "pretend_gpu.py", *small, *options, "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
