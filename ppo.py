@@ -613,7 +613,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         """-> a new rollout with its scores and values, its advantages (whitened) and returns."""
         drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
         rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
-        rollout = score(rollout, score_fn, standardize, critic, cfg)                   # by the reward model
+        rollout = score(rollout, score_fn, standardize, critic, cfg)
         check_finite(where, activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B, value=rollout.values_BR, kl=rollout.kl_BR)
         rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, kl.coef)
         advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)

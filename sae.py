@@ -639,19 +639,19 @@ def refit_decoder(sae: SAE, x_ND: Tensor, ridge: float = 1e-3) -> None:
     L1 teaches the encoder which features are active, and makes them too small. Least squares puts the size right (compare Wright and
     Sharkey 2024, who fine-tune): which features fire stays the same, and so does L0; rows keep norm 1, their scale goes into the encoder.
     """
-    (F1, D), rows = (sae.num_features + 1, x_ND.shape[1]), len(x_ND)
-    gram, moment = x_ND.new_zeros(F1, F1, dtype=torch.float32), x_ND.new_zeros(F1, D, dtype=torch.float32)
+    rows = len(x_ND)
+    old_FD = torch.cat([sae.W_dec_FD, sae.b_dec_D[None]])                             # F: the features, and a constant whose vector is b_dec
+    gram_FF, moment_FD = old_FD.new_zeros(len(old_FD), len(old_FD)), torch.zeros_like(old_FD)
     for chunk_ND in x_ND.split(8192):
-        features_NF = F.pad(sae.encode(chunk_ND.float()), (0, 1), value=1.0)          # the last column is the constant: b_dec
-        gram.addmm_(features_NF.T, features_NF, alpha=1 / rows)                       # in place: with 32,768 features it is 4 GiB
-        moment.addmm_(features_NF.T, chunk_ND.float(), alpha=1 / rows)
+        features_NF = F.pad(sae.encode(chunk_ND.float()), (0, 1), value=1.0)
+        gram_FF.addmm_(features_NF.T, features_NF, alpha=1 / rows)                    # in place: with 32,768 features it is 4 GiB
+        moment_FD.addmm_(features_NF.T, chunk_ND.float(), alpha=1 / rows)
     # The ridge pulls towards the old decoder, so that a feature that hardly fires stays as it is.
-    penalty = ridge * gram.diagonal().mean()
-    gram.diagonal().add_(penalty)
-    old = torch.cat([sae.W_dec_FD, sae.b_dec_D[None]])
-    W_dec_FD, b_dec_D = torch.linalg.solve(gram, moment + penalty * old).split([sae.num_features, 1])
-    sae.b_enc_F += (b_dec_D[0] - sae.b_dec_D) @ sae.W_enc_DF                          # the encoder sees what it saw before
-    sae.b_dec_D.copy_(b_dec_D[0])
+    penalty = ridge * gram_FF.diagonal().mean()
+    gram_FF.diagonal().add_(penalty)
+    W_dec_FD, b_dec_1D = torch.linalg.solve(gram_FF, moment_FD + penalty * old_FD).split([sae.num_features, 1])
+    sae.b_enc_F += (b_dec_1D[0] - sae.b_dec_D) @ sae.W_enc_DF                         # the encoder sees what it saw before
+    sae.b_dec_D.copy_(b_dec_1D[0])
     sae.W_dec_FD.copy_(W_dec_FD)
     sae.rescale(W_dec_FD.norm(dim=-1))
 

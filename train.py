@@ -196,7 +196,8 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
     """Train an SAE for each objective, L0 target and seed, and --policy on each, in folders OUT/sweep-OBJECTIVE-L0-SEED, on the same text;
     then lay the SAEs' figures and the gains side by side, means over seeds; of coef also how many features carry 90 % of the gain, from
     each cell's report. Finished cells are not run again."""
-    stages, rows = (["rlhf", "interpret"] if args.policy == "coef" else ["rlhf"]) if cfg.rlhf else ["sae"], []
+    stages = ["sae"] if not cfg.rlhf else ["rlhf", "interpret"] if args.policy == "coef" else ["rlhf"]
+    rows = []
     for objective, l0 in itertools.product(cfg.objectives, cfg.l0):
         cells = [another(args, ["--sae-objective", objective, "--sae-l0", f"{l0:g}", "--seed", str(seed), "--out",
                                 f"{args.out}/sweep-{objective}-{l0:g}-{seed}"], [args.tag]) for seed in range(cfg.seeds)]

@@ -5,9 +5,9 @@ none has any data.
     python tests/memory.py --stage sae --model 6.9b --layer 16 --features 32768
 
 The code that runs is the real one (`bench.PPOBench`: sampling, logprobs of policy and reference, scores, update; or what `train.stage_sae`
-calls), at the real shapes, on the pretended GPU of pretend_gpu.py, whose tensors are held on PyTorch's `meta` device here. Where the code asks for a value, every number is
-about ACTIVE, every truth True, and every token has ACTIVE active features. Not counted: what a kernel needs inside, fragmentation, and what CUDA
-itself takes (about half a GiB).
+calls), at the real shapes, on the pretended GPU of pretend_gpu.py, whose tensors are held on PyTorch's `meta` device here. Where the code asks
+for a value, every number is about ACTIVE, every truth True, and every token has ACTIVE active features. Not counted: what a kernel needs inside,
+fragmentation, and what CUDA itself takes (about half a GiB).
 """
 
 import argparse
@@ -103,7 +103,7 @@ def rlhf(args: argparse.Namespace) -> list[Callable[[], object]]:
     with torch.device(DEVICE):
         saes = {args.layer: SAE(model.cfg.hidden_size, args.features).requires_grad_(False)} if args.policy == "coef" else {}
     cfg = ppo.PPOConfig(episodes=args.episodes, samples_per_prompt=1, response_tokens=args.response_tokens, epochs=1, micro_batch=args.micro_batch,
-                        generate_batch=args.generate_batch, recompute=args.recompute)
+                        generate_batch=args.generate_batch)
     run = bench.PPOBench(args, ppo.make_policy(args.policy, model, [args.layer], saes, cfg), reward, cfg, args.prompt_tokens)
     return [run.iteration, run.generate, run.reference, run.score, run.update]           # Adam's moments are there from the second on
 
@@ -138,7 +138,6 @@ def main() -> None:
     for name, default in (("layer", 16), ("features", 32768), ("episodes", 64), ("prompt-tokens", 64), ("response-tokens", 64), ("micro-batch", 4),
                           ("generate-batch", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--recompute", action="store_true")
     args = parser.parse_args()
     count()
     with PretendGPU():

@@ -107,7 +107,7 @@ def refuse_mixture(name: str, args: tuple, here: list[torch.Tensor]) -> None:
         raise RuntimeError(f"{name}: expected all tensors on one device, found {DEVICE} and cpu")
 
 
-def to_device_first(function: Any) -> Any:
+def through_the_cpu(function: Any) -> Any:
     """torch.tensor and Tensor.tolist go past every Python mode; a GPU's tensor passes through the CPU there anyway."""
     def wrapped(x: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
         out = function(x.cpu() if isinstance(x, OnDevice) else x, *args, **kwargs)
@@ -121,7 +121,7 @@ def no_autocast(autocast: Any) -> Any:
 
 def patch() -> None:
     """Change what goes past `PretendGPU` in PyTorch, in this process."""
-    torch.tensor, torch.Tensor.tolist, torch.autocast = to_device_first(torch.tensor), to_device_first(torch.Tensor.tolist), no_autocast(torch.autocast)
+    torch.tensor, torch.Tensor.tolist, torch.autocast = through_the_cpu(torch.tensor), through_the_cpu(torch.Tensor.tolist), no_autocast(torch.autocast)
     # Where a tensor is indexed by a list, PyTorch makes it on the device by these two, below every Python mode.
     OnDevice.kernels = library = torch.library.Library("aten", "IMPL")          # kept, else they are taken back
     library.impl("empty_strided", lambda size, stride, dtype=None, **_: OnDevice(torch.empty_strided(size, stride, dtype=dtype)), "PrivateUse1")

@@ -7,8 +7,8 @@ Every side draws from the same rows in the same order, scaled alike (E‖x‖² 
 same number of features, steps and schedule (warm-up, decay, sparsity warm-up as shares of the run), and trains at each of --lrs with seed
 0; the best of these, by FVU on held-out rows, then with all seeds. An L1 library that has no L0 target gets the coefficient that leads to
 --l0 (± 3 %). Theirs are saved by themselves and read back by `load_sae`. ms_per_step is of the training loop; with --time 3, that is all:
-medians of 3 interleaved trainings of 100 steps. Needs dictionary_learning 0.1.0 and
-sae-lens 6.54.12, which this project does not. One JSON line a run.
+medians of 3 interleaved trainings of 100 steps. Needs dictionary_learning 0.1.0 and sae-lens 6.54.12, which this project does not. One JSON
+line a run.
 """
 
 import argparse
