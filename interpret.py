@@ -4,8 +4,6 @@ Dimension key: B batch   T tokens   R response tokens   N rows (tokens, flattene
                G the features looked at   C classes of tokens   V vocabulary
 """
 
-import copy
-import functools
 import io
 import math
 from collections.abc import Iterator
@@ -265,17 +263,8 @@ def class_means(values_NF: Tensor, class_N: Tensor, prior_CF: Tensor, strength: 
     return (strength * prior_CF).index_add(0, class_N, values_NF) / (count_C + strength)
 
 
-@torch.no_grad()
-def token_entropy(activations_NF: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """-> entropy_F in nats of the tokens on which each column is active, and share_F of the most frequent one; NaN where it is silent."""
-    token_N = tokens_BT[:, 1:].flatten().unique(return_inverse=True)[1]
-    on_NF = (activations_NF > 0).float().cpu()
-    share_CF = torch.zeros(int(token_N.max()) + 1, on_NF.shape[1]).index_add(0, token_N, on_NF) / on_NF.sum(0)
-    return torch.special.entr(share_CF).sum(0), share_CF.max(0).values
-
-
 # Controls, to be scored in the same way as an SAE's features: `mlp_rows` themselves (the MLP output's coordinates) and their products with
-# random unit directions, both through `as_sparse_as`, and the features of an SAE trained on `shuffled_weights`.
+# random unit directions, both through `as_sparse_as`; `tests/bench.py explain` has an SAE of a model with shuffled weights besides.
 
 def as_sparse_as(values_NG: Tensor, rate_F: Tensor) -> Tensor:
     """-> (values − threshold)⁺ with a threshold for each column, such that their firing rates are spread as rate_F is."""
@@ -283,15 +272,6 @@ def as_sparse_as(values_NG: Tensor, rate_F: Tensor) -> Tensor:
     rank_G = (rate_G * len(values_NG)).round().long().clamp(max=len(values_NG) - 1)
     threshold_G = values_NG.sort(0, descending=True).values.gather(0, rank_G.to(values_NG.device)[None])
     return F.relu(values_NG - threshold_G)
-
-
-def shuffled_weights(model: Pythia, generator: torch.Generator) -> Pythia:
-    """-> a model whose parameters hold the same numbers, each tensor's in random order: it has learned nothing (Heap et al. 2025)."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-        parameter.data = parameter.data.flatten()[order].view_as(parameter)
-    return model
 
 
 # --------------------------------------------------------------------------------------------- causal effects on the reward
@@ -329,13 +309,14 @@ class Samples:
     ∇J = E Σₜ (S − Vₜ) ∇ log π(token t), which is the estimate above to first order. Scores are in `unit`s.
     """
 
-    def __init__(self, policy: EditPolicy, evaluation: Evaluation, sampled: Evaluated, per_prompt: int, unit: float, reference: bool = False):
+    def __init__(self, policy: EditPolicy, evaluation: Evaluation, sampled: Evaluated, per_prompt: int, unit: float,
+                 sampled_by_reference: bool = False):
         self.policy, self.evaluation, self.per_prompt = policy, evaluation, min(per_prompt, evaluation.cfg.eval_samples)
         first_B = torch.arange(len(sampled.scores_B), device=sampled.scores_B.device) % evaluation.cfg.eval_samples < self.per_prompt
-        self.sampled = sampled = Evaluated({}, *(part[first_B] for part in sampled[1:4]))
+        self.sampled = sampled = Evaluated({}, sampled.tokens_BT[first_B], sampled.mask_BT[first_B], sampled.scores_B[first_B])
         self.rollout = ppo.join([ppo.make_rollout(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], evaluation.cfg)
                                  for rows in ppo.slices(len(sampled.tokens_BT), evaluation.cfg.micro_batch)])
-        self.old_BR = self.rollout.ref_logprobs_BR if reference else self.rollout.logprobs_BR
+        self.old_BR = self.rollout.ref_logprobs_BR if sampled_by_reference else self.rollout.logprobs_BR
         self.score_B = sampled.scores_B / unit
         guess_BR = self.early_scores()
         centred_BR, score_B1 = guess_BR - guess_BR.mean(0), (self.score_B - self.score_B.mean())[:, None]
@@ -346,8 +327,7 @@ class Samples:
         """-> what is known of each sample's score before each of its tokens."""
         R, score_fn, sampled = self.evaluation.cfg.response_tokens, self.evaluation.score_fn, self.sampled
         if hasattr(score_fn, "prefixes"):
-            prefixes = functools.partial(score_fn.prefixes, R=R)
-            return ppo.score_in_batches(prefixes, sampled.tokens_BT, sampled.mask_BT, self.evaluation.cfg.micro_batch)[:, :-1]
+            return ppo.score_in_batches(score_fn.prefixes, sampled.tokens_BT, sampled.mask_BT, self.evaluation.cfg.micro_batch, R)[:, :-1]
         score_PS = self.score_B.view(-1, self.per_prompt)                    # P prompts, S samples each
         others_PS = (score_PS.sum(1, keepdim=True) - score_PS) / max(self.per_prompt - 1, 1)
         return others_PS.reshape(-1, 1).expand(-1, R)
@@ -408,7 +388,7 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     set_back   mean score of the policy, less that with this one coefficient (and bias) set back to its start: on the policy's samples
     alone      mean score with this one moved and all others at their start, less the reference's: on the reference's samples
     predicted  gradient × move on the policy's samples, `set_back` to first order
-    fresh      set_back, measured on samples drawn anew with the same random numbers
+    fresh      set_back, measured on samples drawn anew, by other random numbers than all of the above
 
     Listed are the features with the largest gradient × move on the *reference's* samples, so that this choice does not flatter what
     is measured on the policy's.
@@ -416,7 +396,7 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     unit, learned = evaluation.reference.scores_B.std().clamp(min=1e-6), {name: p.clone() for name, p in policy.state_dict().items()}
     start = {name: torch.full_like(p, policy.start(name)) for name, p in learned.items()}
     sampled = evaluation.samples(policy.model, policy.edits)
-    before = Samples(policy, evaluation, evaluation.reference, -(-cfg.effect_samples // 2), unit, reference=True)
+    before = Samples(policy, evaluation, evaluation.reference, -(-cfg.effect_samples // 2), unit, sampled_by_reference=True)
     after = Samples(policy, evaluation, sampled, cfg.effect_samples, unit)
     expected, predicted = (first_order(side.gradient(values), learned, start) for side, values in ((before, start), (after, learned)))
     order = sorted(expected, key=lambda feature: -abs(expected[feature].sum().item()))
@@ -429,20 +409,24 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
                             "alone": mean_se(by_prompt(alone_B, before.per_prompt)) | {"ess": alone_ess}, "fresh": None}
     effects = dict(sorted(effects.items(), key=lambda item: -abs(item[1]["set_back"]["mean"])))
 
-    def fresh(values: dict[str, Tensor]) -> Tensor:
-        """-> each prompt's mean score with these values, in units."""
-        with learned_numbers(policy, values):
-            return by_prompt(evaluation.samples(policy.model, policy.edits).scores_B / unit, evaluation.cfg.eval_samples)
+    # The order above is by noise, too: what is now said of the strongest must not rest on the samples that made them so.
+    again = Evaluation(policy.reference, evaluation.prompts, evaluation.score_fn, evaluation.cfg, evaluation.seed + 1_000_000)
 
-    reference_P, score_P = (by_prompt(side.scores_B / unit, evaluation.cfg.eval_samples) for side in (evaluation.reference, sampled))
+    def fresh_gain(values: dict[str, Tensor]) -> Tensor:
+        """-> each prompt's mean score with these values, less the reference's, in units; the same random numbers in every call."""
+        with learned_numbers(policy, values):
+            gain_B = again.samples(policy.model, policy.edits).scores_B - again.reference.scores_B
+            return by_prompt(gain_B / unit, again.cfg.eval_samples)
+
+    gain_P = fresh_gain(learned)
     for feature in tqdm(list(effects)[:cfg.checks], desc="check"):
-        effects[feature]["fresh"] = mean_se(score_P - fresh(mixed(learned, start, [feature])))
+        effects[feature]["fresh"] = mean_se(gain_P - fresh_gain(mixed(learned, start, [feature])))
     ranked, step = [*effects, *order[cfg.features:]], 2 if len(order) <= 256 else 4
-    kept = [{"k": k} | mean_se(fresh(mixed(start, learned, ranked[:k])) - reference_P)
+    kept = [{"k": k} | mean_se(fresh_gain(mixed(start, learned, ranked[:k])))
             for k in tqdm([step ** n for n in range(32) if step ** n < len(ranked)], desc="share")]
-    without_P = reference_P if len(order) <= cfg.features else fresh(mixed(learned, start, list(effects)))       # with nothing moved: the reference
-    together_P, sum_P = score_P - without_P, sum(single.values())
-    kept.append({"k": len(ranked)} | mean_se(score_P - reference_P))
+    together_P = gain_P if len(order) <= cfg.features else gain_P - fresh_gain(mixed(learned, start, list(effects)))
+    sum_P = sum(single.values())
+    kept.append({"k": len(ranked)} | mean_se(gain_P))
     return Causal(effects, {
         "moved": len(ranked), "samples": len(after.score_B), "fresh_samples": len(sampled.scores_B), **agreement(effects, single, predicted),
         "together": mean_se(together_P), "sum": mean_se(sum_P), "interaction": mean_se(together_P - sum_P),
@@ -561,10 +545,9 @@ def finished_runs(out: str | Path) -> list[dict]:
     runs = []
     for folder in sorted(path.parent for path in Path(out).glob("rlhf-*/metrics.json")):
         figures, config = read_json(folder / "metrics.json"), read_json(folder / "config.json")
-        log = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-        points = [(row["eval_kl"], row["eval_score_gain_std"]) for row in log if "eval_kl" in row]
-        runs.append({"name": folder.name.removeprefix("rlhf-"), "layers": str(config.get("layers", "")).strip("[]"), "reward": config.get("reward"),
-                     "figures": figures, "frontier": [*points, (figures["kl"], figures["score_gain_std"])]})
+        points = [(row["eval_kl"], row["eval_score_gain_std"]) for row in read_rows(folder / "metrics.jsonl") if "eval_kl" in row]
+        runs.append({"name": folder.name.removeprefix("rlhf-"), "layers": config["layers"].strip("[]"), "reward": config["reward"],
+                     "figures": figures, "frontier": points})
     return runs
 
 

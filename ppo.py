@@ -97,9 +97,8 @@ class FeatureScale(nn.Module):
     def __init__(self, sae: SAE, bias: bool = False):
         super().__init__()
         self.sae = sae.requires_grad_(False)
-        device, dtype = sae.W_dec_FD.device, sae.W_dec_FD.dtype
-        self.coef_F = nn.Parameter(torch.ones(sae.num_features, device=device, dtype=dtype))
-        self.bias_F = nn.Parameter(torch.zeros(sae.num_features, device=device, dtype=dtype)) if bias else None
+        self.coef_F = nn.Parameter(torch.ones_like(sae.b_enc_F))
+        self.bias_F = nn.Parameter(torch.zeros_like(sae.b_enc_F)) if bias else None
 
     def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
         """-> change_BTD, which Pythia adds to the residual stream."""
@@ -201,6 +200,11 @@ class Policy:
         for name, p in self.trainable().items():
             p.copy_(state[name])
 
+    def learning_rates(self, lr: float) -> list[tuple[list[nn.Parameter], float]]:
+        """-> parameters and Adam's step for them. An edit's bias acts on every token and a coefficient where its feature fires: a step of a
+        bias changes logprobs about six times as much (root mean squares of their gradients, tiny, layer 2)."""
+        return [([p], (lr or self.default_lr) / (6 if ".bias_F" in name else 1)) for name, p in self.trainable().items()]
+
 
 class EditPolicy(Policy):
     """The frozen model with a learned edit at one layer or several. The reference is the same model without the edits.
@@ -230,11 +234,6 @@ class EditPolicy(Policy):
         edited_BTD = trunk.resid_BTD + self.edits[self.lowest].change(trunk.features).to(trunk.resid_BTD.dtype)
         return self.model.hidden_from(edited_BTD, self.lowest, mask_BT, edits=self.edits)[:, -R - 1:-1]
 
-    def learning_rates(self, lr: float) -> list[tuple[list[nn.Parameter], float]]:
-        """-> parameters and Adam's step for them. A bias acts on every token and a coefficient where its feature fires: a step of a bias
-        changes logprobs about six times as much (root mean squares of their gradients, tiny, layer 2)."""
-        return [([p], (lr or self.default_lr) / (6 if ".bias_" in name else 1)) for name, p in self.trainable().items()]
-
     def n_changed(self) -> int:
         return sum(int((p != self.start(name)).sum()) for name, p in self.trainable().items())
 
@@ -255,7 +254,7 @@ class WeightPolicy(Policy):
         self.edits = None
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Trunk:
         return Trunk(self.reference.hidden(tokens_BT, mask_BT)[:, -R - 1:-1])
@@ -263,13 +262,8 @@ class WeightPolicy(Policy):
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
         return self.model.hidden(tokens_BT, mask_BT)[:, -R - 1:-1]
 
-    def learning_rates(self, lr: float) -> list[tuple[list[nn.Parameter], float]]:
-        """-> parameters and Adam's step for them."""
-        return [(list(self.trainable().values()), lr or self.default_lr)]
-
     def n_changed(self) -> int:
-        reference = dict(self.reference.named_parameters())
-        return sum(int((p != reference[name]).sum()) for name, p in self.trainable().items())
+        return sum(int((p != self.reference.get_parameter(name)).sum()) for name, p in self.trainable().items())
 
 
 class LoRA(nn.Module):
@@ -292,10 +286,10 @@ class LoRAPolicy(WeightPolicy):
 
     default_lr = 1e-3
 
-    def __init__(self, model: Pythia, rank: int, targets: tuple[str, ...]):
+    def __init__(self, model: Pythia, rank: int, targets: tuple[str, ...], generator: torch.Generator):
         self.reference, self.edits = model, None
         self.model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})      # other modules, the very same weights
-        generator, found = torch.Generator().manual_seed(0), []
+        found = []
         for part in [part for block in self.model.gpt_neox.layers for part in (block.attention, block.mlp)]:
             for name in sorted(set(targets) & dict(part.named_children()).keys()):
                 setattr(part, name, LoRA(getattr(part, name), rank, generator))
@@ -303,15 +297,12 @@ class LoRAPolicy(WeightPolicy):
         if unknown := set(targets) - set(found):
             raise UserError(f"--rlhf-lora-targets {','.join(sorted(unknown))}: choose from query_key_value, dense, dense_h_to_4h, dense_4h_to_h")
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
     def n_changed(self) -> int:
         """Entries of B that are not 0; A changes nothing without them."""
         return sum(int((p != 0).sum()) for name, p in self.trainable().items() if name.endswith("B_KD"))
 
 
-def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: PPOConfig, edit: str = "scale") -> Policy:
+def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: PPOConfig, edit: str = "scale", seed: int = 0) -> Policy:
     """-> the policy of `--policy`, on `layers`; `saes` holds each one's SAE (`coef`) or the random dictionary in its place (`random`)."""
     if name not in POLICIES:
         raise UserError(f"--policy {name}: choose from {', '.join(POLICIES)}")
@@ -320,9 +311,11 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
     if cfg.keep and name not in ("coef", "random"):
         raise UserError(f"--rlhf-keep chooses among coefficients: --policy coef or random, not {name}")
     if name == "full":
+        if model.dtype.itemsize < 4:
+            print(f"--policy full trains {model.dtype} weights here, in which small steps are rounded away: take --dtype float32 where memory allows")
         return WeightPolicy(model)
     if name == "lora":
-        return LoRAPolicy(model, cfg.lora_rank, cfg.lora_targets)
+        return LoRAPolicy(model, cfg.lora_rank, cfg.lora_targets, torch.Generator().manual_seed(seed))
     if name == "neurons":
         return EditPolicy(model, {layer: NeuronScale(model.gpt_neox.layers[layer].mlp) for layer in layers})
     if name == "steer":
@@ -483,7 +476,7 @@ def make_rollout(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOCon
 
 
 def next_logprobs(model: Pythia, hidden_BRD: Tensor, temperature: float) -> Tensor:
-    """-> log-probabilities of the next token, float32 or better whatever the model's dtype, logprobs_BRV."""
+    """-> log-probabilities of the next token, logprobs_BRV: of logits in the model's dtype, but computed in float32 or better."""
     logits_BRV = model.embed_out(hidden_BRD.contiguous())           # one matrix product, where a slice of T would become B small ones
     logits_BRV = logits_BRV if logits_BRV.dtype == torch.float64 else logits_BRV.float()
     return torch.log_softmax(logits_BRV.div_(temperature), dim=-1)
@@ -606,7 +599,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     # One tensor after the other: all at once, PyTorch's default on a GPU, takes another copy of the trained weights for what lies between.
     optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in
                                   (*policy.learning_rates(cfg.lr), (list(critic.parameters()), cfg.critic_lr))], eps=cfg.adam_eps, foreach=False)
-    kl, masks = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon), {}             # masks: with `keep`, which numbers learn
+    kl, learns = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon), {}            # learns: with `keep`, which numbers do
     standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
 
     def act(where: str) -> tuple[Rollout, Tensor, Tensor]:
@@ -619,11 +612,11 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
         return rollout, whiten(advantages_BR, rollout.mask_BR), returns_BR
 
-    parts = {"policy": policy, "masks": masks, "critic": critic, "optimizer": optimizer, "kl": vars(kl), "standardize": vars(standardize),
-             "generator": generator}                 # all that a resumed run needs
+    parts = {"policy": policy, "learns": learns, "critic": critic, "optimizer": optimizer, "kl": vars(kl), "standardize": vars(standardize),
+             "generator": generator}                 # all that a resumed run needs; `restore` writes into them, through vars() into the attributes
     first = run.restore(**parts)
-    if cfg.keep and not masks:
-        masks.update(screen_numbers(policy, act, cfg))
+    if cfg.keep and not learns:
+        learns.update(screen_numbers(policy, act, cfg))
     bar = tqdm(range(first, cfg.iterations), desc="rlhf", initial=first, total=cfg.iterations)
     for iteration in bar:
         start = time.monotonic()
@@ -633,10 +626,10 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
             break
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - iteration / cfg.iterations)
-        figures = update_policy(policy, critic, optimizer, masks, rollout, advantages_BR, returns_BR, cfg, generator, where)
-        figures |= rollout_figures(rollout, standardize.undo(rollout.scores_B), returns_BR, kl.coef, prompts.end_of_text)
+        figures = update_policy(policy, critic, optimizer, learns, rollout, advantages_BR, returns_BR, cfg, generator, where)
+        figures |= rollout_figures(rollout, rollout.scores_B * standardize.std + standardize.mean, returns_BR, kl.coef, prompts.end_of_text)
         kl.update(rollout.mean_kl)
-        figures |= {"n_changed": policy.n_changed(), "episodes_per_second": cfg.episodes / (time.monotonic() - start)}
+        figures |= {"n_changed": policy.n_changed(), "seconds": time.monotonic() - start}
         if evaluation and (iteration + 1) % cfg.eval_every == 0 and iteration + 1 < cfg.iterations:
             figures |= evaluation(policy).for_log()
         run.log(step=iteration, **figures)
@@ -645,8 +638,8 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     return policy
 
 
-def update_policy(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, masks: dict[str, Tensor], rollout: Rollout, advantages_BR: Tensor,
-                  returns_BR: Tensor, cfg: PPOConfig, generator: torch.Generator, where: str = "update") -> dict:
+def update_policy(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, learns: dict[str, Tensor], rollout: Rollout,
+                  advantages_BR: Tensor, returns_BR: Tensor, cfg: PPOConfig, generator: torch.Generator, where: str = "update") -> dict:
     """`epochs` passes over the rollout in shuffled minibatches -> means of the losses over all of them."""
     size, R, figures = cfg.episodes // cfg.minibatches, cfg.response_tokens, []
     for _ in range(cfg.epochs):
@@ -662,9 +655,9 @@ def update_policy(policy: Policy, critic: Critic, optimizer: torch.optim.Optimiz
                 (losses.total * share).backward()
                 figures.append(torch.stack([loss.detach() * share for loss in losses]))
             check_finite(where, optimizer, loss=torch.stack(figures))
-            for name, mask in masks.items():         # Adam leaves *exactly* where they are those whose gradient was always 0
+            for name, learns_F in learns.items():    # Adam leaves *exactly* where they are those whose gradient was always 0
                 grad = policy.trainable()[name].grad
-                grad *= mask.to(grad.device)
+                grad *= learns_F.to(grad.device)
             optimizer.step()
     means = torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)
     return dict(zip(("loss", "policy_loss", "value_loss", "approx_kl", "clipfrac", "vf_clipfrac", "ratio"), means.tolist()))
@@ -691,8 +684,8 @@ def score(rollout: Rollout, score_fn: ScoreFn, standardize: "Standardize", criti
     Less noise in the advantages is what a few thousand coefficients need most.
     """
     if hasattr(score_fn, "prefixes"):
-        prefixes = functools.partial(score_fn.prefixes, R=cfg.response_tokens)
-        scores_BP = standardize(score_in_batches(prefixes, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch))         # P: R + 1
+        scores_BP = score_in_batches(score_fn.prefixes, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch, cfg.response_tokens)
+        scores_BP = standardize(scores_BP)                                                                               # P: R + 1
         scores_B, prefix_scores_BR = scores_BP.gather(1, rollout.mask_BR.sum(1, keepdim=True)).squeeze(1), scores_BP[:, :-1]
     else:
         scores_B = standardize(score_in_batches(score_fn, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch))
@@ -701,9 +694,9 @@ def score(rollout: Rollout, score_fn: ScoreFn, standardize: "Standardize", criti
 
 
 @torch.no_grad()
-def score_in_batches(score_fn: ScoreFn, tokens_BT: Tensor, mask_BT: Tensor, size: int) -> Tensor:
+def score_in_batches(score_fn: Callable[..., Tensor], tokens_BT: Tensor, mask_BT: Tensor, size: int, *options: int) -> Tensor:
     """-> what score_fn gives, for all episodes, in float32."""
-    return torch.cat([score_fn(tokens_BT[rows], mask_BT[rows]).float() for rows in slices(len(tokens_BT), size)])
+    return torch.cat([score_fn(tokens_BT[rows], mask_BT[rows], *options).float() for rows in slices(len(tokens_BT), size)])
 
 
 class Standardize:
@@ -723,9 +716,6 @@ class Standardize:
     def __call__(self, scores: Tensor) -> Tensor:
         return (scores - self.mean) / self.std
 
-    def undo(self, scores: Tensor) -> Tensor:
-        return scores * self.std + self.mean
-
 
 # --------------------------------------------------------------------------------------------------------------- evaluation
 
@@ -735,11 +725,11 @@ class Evaluated(NamedTuple):
     tokens_BT: Tensor                    # the policy's samples on the held-out prompts
     mask_BT: Tensor
     scores_B: Tensor
-    by_prompt: dict[str, list[float]] = {}           # gain and KL of each prompt, for intervals over prompts
+    prompt_means: dict[str, list[float]] = {}        # gain and KL of each prompt, for intervals over prompts
 
     def for_log(self) -> dict:
         """-> all that was measured, as `eval_` figures of a line of metrics.jsonl."""
-        return {f"eval_{key}": value for key, value in (self.figures | self.by_prompt).items()}
+        return {f"eval_{key}": value for key, value in (self.figures | self.prompt_means).items()}
 
 
 class Evaluation:
@@ -781,7 +771,7 @@ class Evaluation:
             **self.mean_and_error("kl", kl_B), "entropy": masked_mean(entropy_BR, mask_BR).item(),
             "distinct_2": distinct_2(sampled, mask_BR.shape[1]), "ref_distinct_2": distinct_2(self.reference, mask_BR.shape[1]),
             "ref_perplexity": masked_mean(ref_logprobs_BR, mask_BR).neg().exp().item()},
-            by_prompt={name: by_prompt(x_B, self.cfg.eval_samples).tolist() for name, x_B in (("gains", gain_B / std), ("kls", kl_B))})
+            prompt_means={name: by_prompt(x_B, self.cfg.eval_samples).tolist() for name, x_B in (("gains", gain_B / std), ("kls", kl_B))})
 
     def gain_by(self, score_fn: ScoreFn, sampled: Evaluated, name: str) -> dict:
         """-> the gain of the same samples by another score function, in its own standard deviations on the reference's samples."""
@@ -821,7 +811,8 @@ def gain_at_kl(kl_E: np.ndarray, gain_E: np.ndarray, at: float) -> float:
 def gains_at_kls(runs: list[tuple[np.ndarray, np.ndarray]], kls: tuple[float, ...], draws: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     """-> mean over runs (one a seed; each kl_EP and gain_EP, evaluations along training by held-out prompts) of the gain at each KL, (K,),
     NaN where a run does not come so far; and the same for `draws` bootstrap samples of seeds and of prompts, (draws, K). The samples are
-    the same in every call with as many seeds and prompts, so that differences between policies are paired."""
+    the same in every call with as many seeds and prompts, so that differences between policies are paired. Where seeds differ and are
+    only two or three, intervals of their quantiles are too narrow: resampling S of them has (S − 1)/S of their variance."""
     def mean_gains(seeds: Iterable[int], prompts: np.ndarray | slice) -> list[float]:
         return [np.mean([gain_at_kl(runs[s][0][:, prompts].mean(1), runs[s][1][:, prompts].mean(1), at) for s in seeds]) for at in kls]
 

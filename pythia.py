@@ -63,8 +63,14 @@ def reading(source: object, complaint: str) -> Iterator[None]:
 def mixed_precision(device: torch.device) -> torch.autocast:
     """-> a context in which matrix products of float32 weights run in bfloat16, where the hardware multiplies bfloat16 (there several times
     faster); elsewhere one that changes nothing, as a CPU that must emulate it is a hundred times slower."""
-    cpu = torch.cpu.get_capabilities()
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16")))
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """-> whether the hardware does: a GPU from Ampere on, few CPUs."""
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_finite(where: str, optimizer: torch.optim.Optimizer | None = None, **quantities: Tensor | float) -> None:

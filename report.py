@@ -172,7 +172,7 @@ def answer_html(report: dict) -> str:
         f"<div><b>{show(rlhf['kl'], '.2f')} nats</b>KL divergence from the reference, a response</div>"
         f"<div><b>{show(causal['carriers'], 'd')} of {causal['moved']}</b>features that moved carry 90 % of the gain</div></div><div class=pair>"
         + image(report, "frontier", "Gain against KL along training, of the finished runs here with this reward.")
-        + image(report, "share", "Gain when only the k strongest features are moved: fresh samples, same random numbers, ± SE.") + "</div>"
+        + image(report, "share", "Gain when only the k strongest features are moved: fresh samples, ± SE.") + "</div>"
         + table(["run", "layers", "reward", "numbers moved", "gain", "gain by gold model", "KL, nats"], runs))
 
 
@@ -210,7 +210,7 @@ def causal_html(report: dict) -> str:
         "prompts and share no noise.</p><div class=pair>"
         + image(report, "effects", f"Measured against predicted effect of each listed feature, r = {show(causal['r'], '.2f')}; the line is y = x.")
         + image(report, "coefficients", "All coefficients in order.")
-        + "</div><h3>The strongest, checked on fresh samples with the same random numbers</h3>"
+        + "</div><h3>The strongest, checked on fresh samples, by other random numbers</h3>"
         + table(["feature", "fresh", "set back", "predicted"], fresh))
 
 

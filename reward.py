@@ -260,11 +260,6 @@ def window(ids: list[int], length: int, place: float = 0.0) -> list[int]:
     return ids[:1] + ids[start:start + length - 1]
 
 
-def cut_pairs(pairs: list[tuple[list[int], list[int]]], length: int, cut: Callable = window) -> list[tuple[list[int], list[int]]]:
-    """-> pairs of ids cut to `length` tokens: by `window` to the first ones, by `keep_end` to the last."""
-    return [tuple(cut(ids, length) for ids in pair) for pair in pairs]
-
-
 def keep_end(ids: list[int], length: int) -> list[int]:
     """-> at most `length` ids: a long prompt loses its beginning, the answer stays."""
     return ids[:1] + ids[1:][-(length - 1):]

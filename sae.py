@@ -661,39 +661,30 @@ def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run:
 
     `run` keeps the log and the resumable state (see train.Run).
     """
-    model.check_layer(layer)
-    return train_on_rows(ActivationBuffer(model, layer, tokens_BT, cfg, generator), [cfg], run, generator)[0]
+    return train_on_rows(ActivationBuffer(model, layer, tokens_BT, cfg, generator), cfg, run, generator)
 
 
-def train_on_rows(buffer: ActivationBuffer, cfgs: list[SAEConfig], run: "Run", generator: torch.Generator) -> list[SAE]:
-    """Train one SAE for each configuration on the very same rows, drawn once -> the SAEs in the rows' own units. They may differ in
-    objective, L0 target and all else but `tokens`, `batch_size` and the resampling moments, which the first one sets."""
-    cfg, d_in, device, trainers = cfgs[0], buffer.rows_ND.shape[1], buffer.rows_ND.device, {}
+def train_on_rows(buffer: ActivationBuffer, cfg: SAEConfig, run: "Run", generator: torch.Generator) -> SAE:
+    """Train an SAE on the rows that a buffer draws -> the SAE in the rows' own units."""
+    d_in, device = buffer.rows_ND.shape[1], buffer.rows_ND.device
     scale = math.sqrt(d_in / buffer.rows_ND.float().square().sum(-1).mean().item())         # April 2024: E‖x‖² = D
-    for i, each in enumerate(cfgs):
-        sae = SAE(d_in, each.num_features, generator, k=round(each.l0) if each.objective == "topk" else 0).to(device)
-        with torch.no_grad():
-            sae.b_dec_D.copy_(buffer.rows_ND.float().mean(0) * scale)         # the mean, where the paper has the geometric median
-        trainers[f"trainer{i}"] = SAETrainer(sae, scale, each, generator)
-    steps = trainers["trainer0"].steps
-    first, begun = run.restore(**trainers, buffer=buffer, generator=generator), time.monotonic()
-    bar = tqdm(range(first, steps), desc="sae", initial=first, total=steps, unit="tok", unit_scale=cfg.batch_size)
+    sae = SAE(d_in, cfg.num_features, generator, k=round(cfg.l0) if cfg.objective == "topk" else 0).to(device)
+    with torch.no_grad():
+        sae.b_dec_D.copy_(buffer.rows_ND.float().mean(0) * scale)            # the mean, where the paper has the geometric median
+    trainer = SAETrainer(sae, scale, cfg, generator)
+    parts = {"trainer": trainer, "buffer": buffer, "generator": generator}
+    first, begun = run.restore(**parts), time.monotonic()
+    bar = tqdm(range(first, trainer.steps), desc="sae", initial=first, total=trainer.steps, unit="tok", unit_scale=cfg.batch_size)
     for step in bar:
-        x_ND = buffer.draw(cfg.batch_size)
-        figures = [trainer.step(step, x_ND) for trainer in trainers.values()]
-        due = [i for i, trainer in enumerate(trainers.values()) if trainer.resample_due(step)]
-        if due:
-            x_ND = buffer.draw(min(cfg.resample_rows, len(buffer.rows_ND) // 2))
-            for i in due:
-                figures[i]["resampled"] = trainers[f"trainer{i}"].resample(x_ND)
-        if step % 20 == 0 or step == steps - 1 or due:
-            for each, some in zip(cfgs, figures):
-                run.log(step=step, **(some if len(cfgs) == 1 else {"objective": each.objective, "target": each.l0} | some))
-            bar.set_postfix(fvu=f"{figures[0]['fvu']:.3f}", l0=f"{figures[0]['l0']:.1f}", dead=f"{figures[0]['dead']:.3f}")
-        run.checkpoint(step + 1, cfg.checkpoint_seconds, **trainers, buffer=buffer, generator=generator)
-    run.tokens_per_second = (steps - first) * cfg.batch_size / (time.monotonic() - begun)              # of this process, where resumed
-    sample_ND = buffer.rows_ND[buffer.shuffled_N[:cfg.refit_rows].to(device)]
-    return [trainer.finished(sample_ND) for trainer in trainers.values()]
+        figures = trainer.step(step, buffer.draw(cfg.batch_size))
+        if due := trainer.resample_due(step):
+            figures["resampled"] = trainer.resample(buffer.draw(min(cfg.resample_rows, len(buffer.rows_ND) // 2)))
+        if step % 20 == 0 or step == trainer.steps - 1 or due:
+            run.log(step=step, **figures)
+            bar.set_postfix(fvu=f"{figures['fvu']:.3f}", l0=f"{figures['l0']:.1f}", dead=f"{figures['dead']:.3f}")
+        run.checkpoint(step + 1, cfg.checkpoint_seconds, **parts)
+    run.tokens_per_second = (trainer.steps - first) * cfg.batch_size / (time.monotonic() - begun)      # of this process, where resumed
+    return trainer.finished(buffer.rows_ND[buffer.shuffled_N[:cfg.refit_rows].to(device)])
 
 
 # --------------------------------------------------------------------------------------------------------------- evaluation
@@ -757,8 +748,8 @@ def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable
 @torch.no_grad()
 def random_dictionary(like: SAE, l0: float, generator: torch.Generator) -> SAE:
     """-> a control: as many random unit vectors as `like` has learned ones, a feature being the input's projection on its vector, the
-    round(l0) largest active."""
-    sae = SAE(*like.W_enc_DF.shape, generator, k=round(l0)).to(like.W_dec_FD.device)
+    round(l0) largest active, at least one."""
+    sae = SAE(*like.W_enc_DF.shape, generator, k=max(1, round(l0))).to(like.W_dec_FD.device)
     sae.W_enc_DF.copy_(sae.W_dec_FD.T)
     sae.b_dec_D.copy_(like.b_dec_D)
     return sae.requires_grad_(False)

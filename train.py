@@ -1,12 +1,13 @@
 """Command line: one function a stage. Read this file first; each stage tells its story and names who does the work.
 
-`main`, at the end, parses the options, turns --layer into `args.layers` (`choose_layers`) and runs the stages, each in a folder (`Run`).
+`main`, at the end, reads the options (`parse`, `resolve`) and runs the stages, each in a folder (`Run`).
 """
 
 import argparse
 import base64
 import dataclasses
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -22,7 +23,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -34,9 +34,8 @@ import interpret
 import ppo
 import reward
 import sae
-from pythia import (CheckpointFiles, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, load_state, mixed_precision, not_written, read_json,
-                    read_rows, read_safetensors, reading, write_json, write_safetensors,
-                    write_whole)
+from pythia import (CheckpointFiles, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, load_state, mixed_precision, multiplies_bfloat16,
+                    not_written, read_json, read_rows, read_safetensors, reading, write_json, write_safetensors, write_whole)
 
 
 # ------------------------------------------------------------------------------------------------------------------- stages
@@ -64,15 +63,14 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     model, tokenizer = load_model(args)
     saes = load_saes(args, model) if args.policy in NEED_SAE else {}
     if args.policy == "random":
-        saes = {layer: sae.random_dictionary(trained, read_json(sae_folder(args, layer) / "metrics.json")["l0"],
-                                             torch.Generator().manual_seed(args.seed)) for layer, trained in saes.items()}
-    policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit)
+        generator = torch.Generator().manual_seed(args.seed)
+        saes = {layer: sae.random_dictionary(trained, read_json(sae_folder(args, layer) / "metrics.json")["l0"], generator)
+                for layer, trained in saes.items()}
+    policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit, args.seed)
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
     prompts, eval_prompts = load_prompts(args.prompts, model, tokenizer, cfg), load_prompts(args.eval_prompts, model, tokenizer, cfg, cfg.eval_size)
     evaluation = ppo.Evaluation(model, eval_prompts, score_fn, cfg, seed=1_000_000 + args.seed)
-    start = time.monotonic()
     ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(args.seed), evaluation)
-    seconds = time.monotonic() - start
     after = evaluation(policy)
     run.log(step=cfg.iterations, **after.for_log())
     write_safetensors(run.folder / "policy.safetensors", policy.state_dict())
@@ -81,13 +79,15 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     # A gain that the gold model, which training never saw, does not share is over-optimisation.
     figures = after.figures | (evaluation.gain_by(gold_fn, after, "gold") if gold_fn else {})
     if args.policy in NEED_SAE and args.edit == "scale+bias":
-        with interpret.learned_numbers(policy, {name: p * (".coef_" in name) for name, p in policy.state_dict().items()}):
-            alone = evaluation(policy).figures
-        figures |= {f"without_bias_{key}": value for key, value in alone.items() if key.startswith(("score_gain_std", "kl"))}
+        coefs_alone = {name: p if ".coef_" in name else torch.zeros_like(p) for name, p in policy.state_dict().items()}
+        with interpret.learned_numbers(policy, coefs_alone):
+            without_bias = evaluation(policy).figures
+        figures |= {f"without_bias_{key}": value for key, value in without_bias.items() if key.startswith(("score_gain_std", "kl"))}
     return figures | {
         "n_changed": policy.n_changed(), "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "diverged": any("diverged" in row for row in run.rows()),
-        "seconds_per_iteration": seconds / cfg.iterations, "peak_memory_gib": ppo.peak_memory_gib(args.device)}
+        "seconds_per_iteration": statistics.median(row["seconds"] for row in run.rows() if "seconds" in row),
+        "peak_memory_gib": ppo.peak_memory_gib(args.device)}
 
 
 def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, run: "Run") -> dict:
@@ -104,6 +104,8 @@ def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, ru
     saes, folders = load_saes(args, model), {layer: sae_folder(args, layer) for layer in args.layers}
     texts = {layer: read_safetensors(path / "text.safetensors")["heldout"] for layer, path in folders.items()}
     config, runs = read_json((folder if finished else folders[args.layers[0]]) / "config.json"), interpret.finished_runs(args.out)
+    if finished and not inputs(args, "rlhf").items() <= config.items():
+        raise UserError(f"{folder}: its coefficients were learned on another SAE than lies in {args.out} now: train them again, with a --tag")
     causal = interpret.causal_effects(*learned_policy(args, cfg, model, tokenizer, saes, learned, config), cfg) if finished else None
     # An SAE of --sae-load has no curves.
     plots = {"RLHF": folder / "curves.png"} | {f"SAE {layer}": path / "curves.png" for layer, path in folders.items()}
@@ -168,7 +170,7 @@ def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: "Run") -> d
                     for seed in range(cfg.seeds)] for name in names}
     for seed in range(cfg.seeds):                    # so that an early end leaves as many of each
         for name in names:
-            run_apart(cells[name][seed])
+            run_apart(cells[name][seed], "rlhf")
     folders = {name: [folder_of(cell, "rlhf") for cell in cells[name]] for name in names}
     gains = {name: ppo.gains_at_kls([evaluations(folder) for folder in folders[name]], cfg.kls) for name in names}      # (value, bootstrap samples)
     figures = {name: means([read_json(folder / "metrics.json") for folder in folders[name]]) for name in names}
@@ -196,14 +198,17 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
     """Train an SAE for each objective, L0 target and seed, and --policy on each, in folders OUT/sweep-OBJECTIVE-L0-SEED, on the same text;
     then lay the SAEs' figures and the gains side by side, means over seeds; of coef also how many features carry 90 % of the gain, from
     each cell's report. Finished cells are not run again."""
-    stages = ["sae"] if not cfg.rlhf else ["rlhf", "interpret"] if args.policy == "coef" else ["rlhf"]
+    if len(args.layers) > 1:
+        raise UserError("--stage sweep lays SAEs of one layer side by side: give one --layer")
+    stages = ["sae"] + ["rlhf"] * cfg.rlhf + ["interpret"] * (cfg.rlhf and args.policy == "coef")
     rows = []
     for objective, l0 in itertools.product(cfg.objectives, cfg.l0):
         cells = [another(args, ["--sae-objective", objective, "--sae-l0", f"{l0:g}", "--seed", str(seed), "--out",
                                 f"{args.out}/sweep-{objective}-{l0:g}-{seed}"], [args.tag]) for seed in range(cfg.seeds)]
         for cell, stage in itertools.product(cells, stages):
             run_apart(cell, stage)
-        figures = means([read_json(folder_of(cell, "sae") / "metrics.json") for cell in cells], SAE_FIGURES)
+        measured = [read_json(folder_of(cell, "sae") / "metrics.json") for cell in cells]
+        figures = means(measured, SAE_FIGURES) | {"sae_seconds": statistics.mean(each["seconds"] for each in measured)}
         if cfg.rlhf:
             folders = [folder_of(cell, "rlhf") for cell in cells]
             gain, drawn = ppo.gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,))
@@ -232,7 +237,7 @@ def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: "Run")
     figures = {"pairs": len(pairs), "heldout_pairs": len(heldout)}
     for suffix, length in (("", cfg.max_tokens), ("_32", 32))[:2 if labelled else 1]:      # 32 tokens: the length that RLHF scores
         cut = reward.window if labelled else reward.keep_end                              # as in training
-        measured = reward.evaluate_reward(trained, reward.cut_pairs(heldout_ids, length, cut))
+        measured = reward.evaluate_reward(trained, [tuple(cut(ids, length) for ids in pair) for pair in heldout_ids])
         figures |= {key + suffix: value for key, value in measured.items()}
     return figures
 
@@ -363,7 +368,7 @@ def load_model(args: argparse.Namespace) -> tuple[Pythia, Tokenizer]:
 
 
 def choose_layers(args: argparse.Namespace) -> None:
-    """Turn --layer into args.layers, a list of numbers; args.middle is what it is where it is not given."""
+    """Turn --layer into args.layers, a list of numbers; args.middle is what it is where none is given."""
     path = CheckpointFiles(args.model).need("config.json")
     count = PythiaConfig.from_json(read_json(path), path).num_layers
     args.middle = count // 2
@@ -385,11 +390,15 @@ def sae_folder(args: argparse.Namespace, layer: int) -> Path:
     return Path(args.out) / ("sae" if layer == args.middle else f"sae-{layer}")
 
 
+def missing_saes(args: argparse.Namespace) -> list[int]:
+    """-> those of --layer for which the run folder holds no finished SAE."""
+    return [layer for layer in args.layers if not (sae_folder(args, layer) / "metrics.json").exists()]
+
+
 def load_saes(args: argparse.Namespace, model: Pythia) -> dict[int, sae.SAE]:
     """-> the SAEs of this run folder, by layer."""
-    for folder in (sae_folder(args, layer) for layer in args.layers):
-        if not (folder / "metrics.json").exists():
-            raise UserError(f"{folder} holds no finished SAE: run --stage sae first")
+    if missing := missing_saes(args):
+        raise UserError(f"{sae_folder(args, missing[0])} holds no finished SAE: run --stage sae first")
     return {layer: sae.load_sae(sae_folder(args, layer), model=model, model_name=model_name(args), layer=layer) for layer in args.layers}
 
 
@@ -472,23 +481,30 @@ def load_prompts(path: str, model: Pythia, tokenizer: Tokenizer, cfg: ppo.PPOCon
 # What compare and sweep do with runs.
 
 RLHF_FIGURES = ("score_gain_std", "kl", "gold_gain_std", "reward_loss", "distinct_2", "ref_perplexity", "n_changed", "seconds", "peak_memory_gib")
-SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead_fraction", "shrinkage", "explanation_score", "seconds")
+SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead_fraction", "shrinkage", "explanation_score")
 
 
 def another(args: argparse.Namespace, options: list[str], tags: list[str]) -> argparse.Namespace:
     """-> the options of this command, with others in their place; the tag is made of `tags`."""
     tag = re.sub(r"[^a-z0-9]+", "-", " ".join(tags).lower()).strip("-")
-    cell = parse([*args.argv, *options, "--tag", tag, "--resume"])
-    choose_layers(cell)
-    return cell
+    return resolve(parse([*args.argv, *options, "--tag", tag, "--resume"]))
 
 
-def run_apart(cell: argparse.Namespace, stage: str = "rlhf") -> None:
-    """Run a stage in a process of its own, so that memory is measured for it alone."""
-    if not (folder_of(cell, stage) / "metrics.json").exists():
-        done = subprocess.run([sys.executable, __file__, *cell.argv, "--stage", stage])
-        if done.returncode:
-            raise UserError(f"{folder_of(cell, stage)}: this run failed, see above; --resume goes on behind those that are finished")
+def run_apart(cell: argparse.Namespace, stage: str) -> None:
+    """Run each part of a stage in a process of its own, so that memory is measured for it alone; not again what is finished."""
+    if stage == "rlhf" and cell.policy in NEED_SAE and missing_saes(cell):
+        start_apart(cell, "sae")
+    folder = folder_of(cell, stage)
+    if (folder / "metrics.json").exists():
+        Run(folder, run_config(cell, stage), resume=True).lock.close()           # refuses what was made with other options
+    else:
+        start_apart(cell, stage)
+
+
+def start_apart(cell: argparse.Namespace, stage: str) -> None:
+    """Run `python train.py` with these options."""
+    if subprocess.run([sys.executable, __file__, *cell.argv, "--stage", stage]).returncode:
+        raise UserError(f"{cell.out}: --stage {stage} {cell.tag} failed, see above; --resume goes on behind the runs that are finished")
 
 
 def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -503,9 +519,10 @@ def means(figures: list[dict], keys: tuple[str, ...] = RLHF_FIGURES) -> dict:
 
 
 def intervals(title: str, kls: tuple[float, ...], values: np.ndarray, drawn: np.ndarray) -> dict[str, str]:
-    """-> columns of a table: the value at each KL with the middle 95 % of its bootstrap samples, which `drawn` has a row of each."""
+    """-> columns of a table: the value at each KL with the middle 95 % of its bootstrap samples, which `drawn` has a row of each; not where
+    more than 2.5 % of these do not come so far: the others would flatter."""
     return {f"{title} {at:g}": f"{value:.2f} [{np.nanquantile(sample, 0.025):.2f}, {np.nanquantile(sample, 0.975):.2f}]"
-            if math.isfinite(value) else "not reached" for at, value, sample in zip(kls, values, drawn.T)}
+            if math.isfinite(value) and np.isnan(sample).mean() <= 0.025 else "not reached" for at, value, sample in zip(kls, values, drawn.T)}
 
 
 def write_tables(path: Path, *tables: list[dict]) -> None:
@@ -628,21 +645,16 @@ ASSETS = Path(__file__).parent / "assets"
 DEPENDS = {"lm": ("corpus", "eval_corpus", "seed"), "sae": ("model", "layers", "corpus", "dtype", "seed"),
            "reward": ("model", "corpus", "eval_corpus", "seed"), "interpret": ("model", "layers"),
            "rlhf": ("model", "layers", "policy", "edit", "reward", "gold", "prompts", "eval_prompts", "dtype", "seed"),
-           "compare": ("model", "layers", "edit", "reward"), "sweep": ("model", "layers", "policy", "edit", "reward")}
+           "compare": ("model", "layers", "edit", "reward", "gold", "prompts", "eval_prompts", "corpus", "dtype"),
+           "sweep": ("model", "layers", "policy", "edit", "reward", "gold", "prompts", "eval_prompts", "corpus", "dtype")}
+PARTS = {"compare": ("rlhf",), "sweep": ("sae", "rlhf", "interpret")}          # stages that these run, with the same options
 TEXT_DEPENDS = ("model", "corpus", "dtype", "seed", "context", "text_batch", "text_tokens", "eval_tokens")        # the text of an SAE's training
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong options become a UserError, one line, where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options: those below, and one `--STAGE-FIELD` for each field of a stage's configuration."""
-    parser = Parser(description="Interpretable RLHF with sparse autoencoders", allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Interpretable RLHF with sparse autoencoders", allow_abbrev=False, exit_on_error=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--stage", default="all", choices=["all", *STAGES], help="all: sae, rlhf, and for coef interpret")
     add("--model", default="tiny", help="an embedded model, the folder of a checkpoint, or a name of the Hugging Face hub")
@@ -674,9 +686,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-FIELD_TYPES = {bool: lambda text: bool(("no", "yes").index(text)),
-               tuple[float, ...]: lambda text: tuple(float(part) for part in text.split(",") if part),
-               tuple[str, ...]: lambda text: tuple(part.strip() for part in text.split(",") if part.strip())}
+def yes_or_no(text: str) -> bool:
+    return bool(("no", "yes").index(text))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",") if part)
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+FIELD_TYPES = {bool: yes_or_no, tuple[float, ...]: numbers, tuple[str, ...]: words}          # argparse tells them by these names
 
 
 def choose_device(args: argparse.Namespace) -> None:
@@ -686,8 +708,17 @@ def choose_device(args: argparse.Namespace) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    default = "bfloat16" if args.device.type == "cuda" else "float32"
+    default = "bfloat16" if args.device.type == "cuda" and multiplies_bfloat16(args.device) else "float32"
     args.dtype = getattr(torch, default if args.dtype == "auto" else args.dtype)
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """-> the options with what follows from them: args.device, args.dtype, args.layers, and args.configs, the configuration of each stage."""
+    args.configs = {stage: config(**{f.name: getattr(args, f"{stage}_{f.name}") for f in dataclasses.fields(config)})
+                    for stage, (_, config) in STAGES.items()}
+    choose_device(args)
+    choose_layers(args)
+    return args
 
 
 def need(value: str | None, option: str) -> str:
@@ -707,15 +738,39 @@ def folder_of(args: argparse.Namespace, stage: str) -> Path:
     return {"rlhf": rlhf, "interpret": Path(args.out) / report}.get(stage, Path(args.out) / (stage + tag))
 
 
-def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:
+def run_config(args: argparse.Namespace, stage: str) -> dict:
+    """-> all that a stage's result depends on, its config.json: its own options, those in DEPENDS, and the files of earlier stages."""
+    config = dataclasses.asdict(args.configs[stage])
+    for part in PARTS.get(stage, ()):
+        config |= {f"{part}_{name}": value for name, value in dataclasses.asdict(args.configs[part]).items()}
+    return json.loads(json.dumps(config)) | {name: str(getattr(args, name)) for name in DEPENDS[stage]} | inputs(args, stage)
+
+
+def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
+    """-> hashes of the files that earlier stages made for this one: coefficients mean nothing on another SAE than they were learned on."""
+    files = []
+    if stage in ("rlhf", "interpret") and args.policy in NEED_SAE:
+        files += [sae_folder(args, layer) / "sae_weights.safetensors" for layer in args.layers]
+    if stage == "interpret":
+        files.append(folder_of(args, "rlhf") / "policy.safetensors")
+    return {f"sha256 of {path.relative_to(args.out)}": sha256(path) for path in files if path.exists()}
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run_stage(stage: str, args: argparse.Namespace) -> dict:
     """Run one stage in its folder, or take its figures from there where it is finished and --resume was given."""
-    function, cfg = STAGES[stage][0], configs[stage]
-    depends = {name: str(getattr(args, name)) for name in DEPENDS[stage]}
-    with Run(folder_of(args, stage), json.loads(json.dumps(dataclasses.asdict(cfg))) | depends, args.resume) as run:
+    function, cfg = STAGES[stage][0], args.configs[stage]
+    with Run(folder_of(args, stage), run_config(args, stage), args.resume) as run:
         if (run.folder / "metrics.json").exists():
             figures = read_json(run.folder / "metrics.json")
         else:
             start = time.monotonic()
+            if args.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(args.device)
             try:
                 figures = function(args, cfg, run)
             except Exception:
@@ -728,31 +783,26 @@ def run_stage(stage: str, args: argparse.Namespace, configs: dict) -> dict:
     return figures
 
 
-def run_saes(args: argparse.Namespace, configs: dict, missing: bool = False) -> None:
+def run_saes(args: argparse.Namespace, missing: bool = False) -> None:
     """Run the sae stage for each of --layer; `missing`: only for those that the run folder has none of."""
-    for layer in args.layers:
-        if not (missing and (sae_folder(args, layer) / "metrics.json").exists()):
-            if missing:
-                print(f"{sae_folder(args, layer)} holds no finished SAE: training it first")
-            run_stage("sae", argparse.Namespace(**vars(args) | {"layers": [layer]}), configs)
+    for layer in missing_saes(args) if missing else args.layers:
+        if missing:
+            print(f"{sae_folder(args, layer)} holds no finished SAE: training it first")
+        run_stage("sae", argparse.Namespace(**vars(args) | {"layers": [layer]}))
 
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0, or 2 with one line on stderr for what the user can mend."""
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        configs = {stage: config(**{f.name: getattr(args, f"{stage}_{f.name}") for f in dataclasses.fields(config)})
-                   for stage, (_, config) in STAGES.items()}
-        choose_device(args)
-        choose_layers(args)
+        args = resolve(parse(sys.argv[1:] if argv is None else argv))
         whole = ["sae", "rlhf", "interpret"] if args.policy == "coef" else ["sae", "rlhf"]         # of the others there are no features to show
         for stage in whole if args.stage == "all" else [args.stage]:
             if stage == "sae" or stage == "rlhf" and args.policy in NEED_SAE:
-                run_saes(args, configs, missing=stage == "rlhf")
+                run_saes(args, missing=stage == "rlhf")
             if stage != "sae":
-                run_stage(stage, args, configs)
+                run_stage(stage, args)
         return 0
-    except (UserError, OSError) as error:
+    except (UserError, argparse.ArgumentError, OSError) as error:
         code, told = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
         code, told = 2, (f"error: out of GPU memory ({str(error).splitlines()[0]}): lower --lm-micro-batch, --sae-text-batch, "

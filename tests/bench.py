@@ -28,9 +28,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo  # noqa: E402
-from interpret import as_sparse_as, class_means, explanation_score, logit_effect, shuffled_weights, token_entropy  # noqa: E402
+from interpret import as_sparse_as, class_means, explanation_score, logit_effect  # noqa: E402
 from pythia import Pythia, PythiaConfig, Tokenizer, read_json, read_rows, read_safetensors, write_json, write_safetensors  # noqa: E402
-from reward import RewardModel, cut_pairs, encode_pairs, pad_right, pairs_from_labels  # noqa: E402
+from reward import RewardModel, encode_pairs, pad_right, pairs_from_labels, window  # noqa: E402
 from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, load_sae, mlp_rows, mmcs, train_on_rows, train_sae  # noqa: E402
 
 # name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed
@@ -368,12 +368,12 @@ def bow(args: argparse.Namespace) -> None:
     model = RewardModel.from_pretrained(args.reward, dtype=torch.float32)
     weights = []
     for length in (32, 256):
-        cut = cut_pairs(train, length)
+        cut = [tuple(window(ids, length) for ids in pair) for pair in train]
         x = bag_of_words([pair[side] for side in (0, 1) for pair in cut], tokenizer.vocab_size)
         y = torch.cat([torch.ones(len(cut)), torch.zeros(len(cut))])
         weights += [fit_logistic(x, y, l2) for l2 in (1e-5, 1e-4, 1e-3)]
     for length in (32, 256):
-        cut = cut_pairs(heldout, length)
+        cut = [tuple(window(ids, length) for ids in pair) for pair in heldout]
         chosen, rejected = (bag_of_words([pair[side] for pair in cut], tokenizer.vocab_size) for side in (0, 1))
         best = max(all_pairs_accuracy(chosen @ w, rejected @ w) for w in weights)
         with torch.no_grad():
@@ -429,7 +429,7 @@ def planted(args: argparse.Namespace) -> None:
         buffer, run = PlantedRows(262_144, generator), NoRun()
         cfg = SAEConfig(num_features=1024, objective=objective, l0=args.l0, tokens=args.tokens, lr=args.lr)
         start = time.monotonic()
-        sae, = train_on_rows(buffer, [cfg], run, generator)
+        sae = train_on_rows(buffer, cfg, run, generator)
         seconds = time.monotonic() - start
         fired_F = torch.stack([(sae.encode(chunk) > 0).sum(0) for chunk in buffer.rows_ND.split(8192)]).sum(0)
         print(json.dumps({"bench": "planted", "objective": objective, "seed": args.seed, "tokens": args.tokens, "lr": args.lr,
@@ -447,9 +447,18 @@ def by_token(rows_ND: Tensor, tokens_BT: Tensor) -> float:
     return 1 - ((held_ND - mean_CD[token_N[~fit_N]]).square().sum() / (held_ND - held_ND.mean(0)).square().sum()).item()
 
 
+def shuffled_weights(model: Pythia, generator: torch.Generator) -> Pythia:
+    """-> a model whose parameters hold the same numbers, each tensor's in random order: it has learned nothing (Heap et al. 2025)."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        parameter.data = parameter.data.flatten()[order].view_as(parameter)
+    return model
+
+
 def explain(args: argparse.Namespace) -> None:
-    """Do the text's tokens explain SAE features better than controls? Means over columns of `explanation_score` and `token_entropy`. The SAE
-    of the model with shuffled weights is trained here, with the options of the SAE in --run, on the same text."""
+    """Do the text's tokens explain SAE features better than controls? Means over columns of `explanation_score`. The SAE of the model with
+    shuffled weights is trained here, with the options of the SAE in --run, on the same text."""
     cfg, text = read_json(args.run / "config.json"), read_safetensors(args.run / "text.safetensors")
     model, layer, generator = Pythia.from_pretrained(cfg["model"], dtype=torch.float32), int(cfg["layers"].strip("[]")), torch.Generator().manual_seed(args.seed)
     cfg = SAEConfig(**{field.name: cfg[field.name] for field in dataclasses.fields(SAEConfig) if field.name in cfg})
@@ -465,7 +474,6 @@ def explain(args: argparse.Namespace) -> None:
                "SAE of shuffled weights": other_NF}
     for name, columns_NG in columns.items():
         figures = explanation_score(columns_NG, text["heldout"])._asdict()
-        figures["token_entropy"], figures["top_token_share"] = token_entropy(columns_NG, text["heldout"])
         figures = {key: values_G[~values_G.isnan()] for key, values_G in figures.items()}
         print(json.dumps({"bench": "explain", "columns": name, "seed": args.seed, "scored": len(figures["pearson_F"]),
                           "l0": round((columns_NG > 0).float().sum(1).mean().item(), 2)}

@@ -53,7 +53,7 @@ class Rows:
 
 def ours(args: argparse.Namespace, rows: Rows, seed: int, lr: float, objective: str, l0: float, _: float) -> tuple[SAE, float]:
     cfg = SAEConfig(num_features=args.features, objective=objective, l0=l0, tokens=args.tokens, batch_size=args.batch, lr=lr, refit=args.refit)
-    trained, = train_on_rows(rows, [cfg], run := NoRun(), torch.Generator().manual_seed(seed))
+    trained = train_on_rows(rows, cfg, run := NoRun(), torch.Generator().manual_seed(seed))
     return trained, args.tokens / run.tokens_per_second
 
 

@@ -10,8 +10,9 @@ import torch
 
 import interpret
 import ppo
+from bench import shuffled_weights
 from conftest import Characters, complaint, random_model, random_tokens
-from interpret import InterpretConfig, Samples, as_sparse_as, carriers, explanation_score, shuffled_weights, token_entropy
+from interpret import InterpretConfig, Samples, as_sparse_as, carriers, explanation_score
 from sae import SAE
 
 
@@ -63,18 +64,6 @@ def test_explanation_score_of_columns_that_are_known():
     assert min(pearson[:2] + f1[:2]) > 0.99 and abs(pearson[2]) < 0.1 and f1[2] < 0.35
     assert np.isnan([pearson[3], f1[3], pearson[4], f1[4]]).all() and abs(pearson[5]) < 0.1
     assert explanation_score(columns_NF.repeat(1, 60), tokens_BT).pearson_F.shape == (360,)
-
-
-def test_token_entropy_of_columns_that_are_known():
-    tokens_BT = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]])
-    columns_NF = torch.zeros(8, 4)
-    columns_NF[[0, 4], 0] = torch.tensor([1.0, 9.0])             # always token 1
-    columns_NF[:4, 1] = 1.0                                      # each of four
-    columns_NF[[0, 4, 1, 2], 2] = 1.0                            # token 1 twice, 2 and 3
-    entropy_F, share_F = token_entropy(columns_NF, tokens_BT)
-    np.testing.assert_allclose(entropy_F[:3], [0, np.log(4), 1.5 * np.log(2)], atol=1e-6)
-    np.testing.assert_allclose(share_F[:3], [1, 0.25, 0.5])
-    assert entropy_F[3].isnan() and share_F[3].isnan()
 
 
 def test_controls_fire_as_often_as_features():
@@ -186,7 +175,7 @@ def test_a_planted_feature_is_at_the_top():
     nothing to do with them. All twelve are turned up alike."""
     worth_V = torch.zeros(64)
     worth_V[[50, 51]] = 1.0
-    policy, evaluation = edited([3], [str(n) for n in range(100, 132)], 8, 4, worth_V, torch.float32)
+    policy, evaluation = edited([3], [str(n) for n in range(100, 132)], 8, 32, worth_V, torch.float32)
     model, sae = policy.model, policy.edits[3].sae
     mlp_ND = model.mlp_output(torch.arange(64)[:, None], 3).squeeze(1)
     towards_D = torch.nn.functional.normalize(model.embed_out.weight[[50, 51]].sum(0) * model.gpt_neox.final_layer_norm.weight, dim=0)
@@ -198,13 +187,16 @@ def test_a_planted_feature_is_at_the_top():
         sae.W_enc_DF[:, 4], sae.b_enc_F[4] = 0.0, 4.0
         sae.W_enc_DF[:, 7] = torch.nn.functional.normalize(mlp_ND[[50, 51]].mean(0) - mlp_ND.mean(0), dim=0)
         policy.edits[3].coef_F.fill_(3.0)
-    causal = interpret.causal_effects(policy, evaluation, InterpretConfig(features=8, effect_samples=4, checks=2))
+    causal = interpret.causal_effects(policy, evaluation, InterpretConfig(features=8, effect_samples=32, checks=2))
     assert list(causal.effects)[0] == (3, 4) and (3, 7) in list(causal.effects)[:2] and len(causal.effects) == 8
     top, summary = causal.effects[3, 4], causal.summary
-    assert top["set_back"]["mean"] > 3 * top["set_back"]["se"] and top["alone"]["mean"] > 0 and 1 < top["set_back"]["ess"] < 128
+    assert top["set_back"]["mean"] > 3 * top["set_back"]["se"] and top["alone"]["mean"] > 0 and 1 < top["set_back"]["ess"] < 1024
     assert abs(top["fresh"]["mean"] - top["set_back"]["mean"]) < 3 * (top["fresh"]["se"] + top["set_back"]["se"])
     assert summary["r"] > 0.8 and summary["moved"] == 12 and [point["k"] for point in summary["kept"]] == [1, 2, 4, 8, 12]
-    assert summary["carriers"] in (1, 2) and summary["together"]["mean"] > 0.9 * summary["kept"][-1]["mean"] > 0
+    gain = summary["kept"][-1]["mean"]
+    assert summary["kept"][1]["mean"] > 0.75 * gain and 2 < summary["carriers"] < 9 and summary["together"]["mean"] > 0.9 * gain > 0       # two do most
+    ranked_on = (causal.sampled.scores_B - evaluation.reference.scores_B).mean() / evaluation.reference.scores_B.std()
+    assert summary["kept"][-1]["mean"] != pytest.approx(ranked_on.item(), abs=1e-6), "fresh samples, other than those that ranked the features"
     assert summary["interaction"]["mean"] == pytest.approx(summary["together"]["mean"] - summary["sum"]["mean"])
 
 

@@ -422,6 +422,13 @@ def test_micro_batches_only_save_memory():
     torch.testing.assert_close(*gradients, atol=1e-9, rtol=0)
 
 
+def test_full_in_bfloat16_says_what_it_costs(capsys):
+    make_policy("full", random_model(), [], {}, CFG)
+    assert not capsys.readouterr().out
+    make_policy("full", random_model().bfloat16(), [], {}, CFG)
+    assert "--dtype float32" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("targets", [("dense",), ("query_key_value", "dense_4h_to_h")], ids=str)
 def test_lora_is_a_low_rank_change_of_shared_weights(targets):
     model = random_model()
@@ -429,6 +436,8 @@ def test_lora_is_a_low_rank_change_of_shared_weights(targets):
     policy = make_policy("lora", model, [], {}, replace(CFG, lora_rank=3, lora_targets=targets))
     tokens_BT, mask_BT = padded()
     assert torch.equal(policy.model(tokens_BT, mask_BT), model(tokens_BT, mask_BT)) and policy.n_changed() == 0
+    another = make_policy("lora", model, [], {}, replace(CFG, lora_rank=3, lora_targets=targets), seed=1).trainable()
+    assert all(p.equal(another[name]) == name.endswith("B_KD") for name, p in policy.trainable().items())
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.trainable().values():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -482,7 +491,7 @@ def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name, keep):
     resumed, run = killed_and_resumed(tmp_path / "c", 3, train)
     for other in (results[1], resumed):
         assert all(map(torch.equal, results[0].values(), other.values()))
-    rows = [[{k: v for k, v in row.items() if k != "episodes_per_second"} for row in r.rows()] for r in (*runs, run)]
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.rows()] for r in (*runs, run)]
     assert rows[0] == rows[1] == rows[2] and [row["step"] for row in rows[2]] == [0, 1, 2, 3]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
 from pythia import Pythia, Tokenizer, pad_left, read_json, read_safetensors, write_json, write_safetensors
-from reward import (Preference, RewardConfig, RewardModel, TextReward, ThroughText, avoid_words, cut_pairs, cut_randomly,
+from reward import (Preference, RewardConfig, RewardModel, TextReward, ThroughText, avoid_words, cut_randomly,
                     encode_pairs, evaluate_reward, keep_end, load_preferences, load_reward, oasst_dialogue, pad_right,
                     pairs_from_labels, prefix_scores, preference_loss, train_reward, window)
 from train import Run
@@ -230,7 +230,6 @@ def test_windows_and_cuts():
     assert window(ids, 99, 0.9) == window(ids, 10, 0.9) == ids
     assert {window(ids, 4, place / 70)[1] for place in range(70)} == set(range(1, 8))
     assert keep_end(ids, 4) == [0, 7, 8, 9] and keep_end(ids, 10) == keep_end(ids, 99) == ids and keep_end(ids, 2) == [0, 9]
-    assert cut_pairs([(ids, ids[:3])], 5) == [(ids[:5], ids[:3])]
     cfg, generator, lengths, starts = RewardConfig(min_tokens=3, max_tokens=48), seeded(), [], []
     for _ in range(200):
         (one, other), (short, _) = cut_randomly([(list(range(100)), list(range(100))), (ids, ids)], cfg, generator)

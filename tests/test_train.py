@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils import backend_registration
 
 import train
 from conftest import complaint
-from pythia import Pythia, PythiaConfig, Tokenizer, load_state, read_json, read_safetensors, write_json
+from pythia import Pythia, PythiaConfig, Tokenizer, load_state, read_json, read_safetensors, write_json, write_safetensors
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--sae-text-tokens", "4000", "--sae-eval-tokens", "1024", "--sae-context", "32", "--sae-tokens", "12000", "--sae-batch-size", "256",
@@ -49,6 +50,7 @@ def test_every_stage_writes_its_files(whole):
     assert rlhf["trainable_parameters"] == 128 and 0 < rlhf["n_changed"] <= 128 and rlhf["kl"] > 0
     lines = [json.loads(line) for line in (whole / "rlhf-coef" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and "eval_score_gain_std" in lines[0]
+    assert rlhf["seconds_per_iteration"] == np.median([line["seconds"] for line in lines[:3]])
 
 
 def test_report_is_one_self_contained_page(whole):
@@ -94,6 +96,25 @@ def test_resume_skips_finished_stages_and_refuses_another_run(whole, capsys):
     assert run(out=whole) == 2 and "--resume" in capsys.readouterr().err
     assert run("--resume", "--seed", "1", out=whole) == 2 and "seed" in capsys.readouterr().err
     assert run("--resume", "--gold", "", out=whole) == 2 and "gold" in capsys.readouterr().err
+
+
+def test_coefficients_are_refused_on_another_sae(whole, tmp_path, capsys):
+    for name in ("sae", "rlhf-coef"):
+        shutil.copytree(whole / name, tmp_path / name)
+    path = tmp_path / "sae" / "sae_weights.safetensors"
+    weights = read_safetensors(path)
+    write_safetensors(path, weights | {"b_dec": weights["b_dec"] + 1})
+    assert run("--stage", "interpret", out=tmp_path) == 2 and "learned on another SAE" in capsys.readouterr().err
+    assert run("--stage", "rlhf", "--resume", out=tmp_path) == 2 and "sae_weights" in capsys.readouterr().err
+
+
+def test_a_report_is_refused_for_another_run(whole, tmp_path, capsys):
+    for name in ("sae", "rlhf-coef", "report"):
+        shutil.copytree(whole / name, tmp_path / name)
+    assert run("--resume", out=tmp_path) == 0
+    path = tmp_path / "rlhf-coef" / "policy.safetensors"
+    write_safetensors(path, {name: p + 1 for name, p in read_safetensors(path).items()})
+    assert run("--resume", out=tmp_path) == 2 and "policy.safetensors" in capsys.readouterr().err
 
 
 def test_same_seed_same_result(whole, tmp_path):
@@ -155,9 +176,37 @@ def test_compare_trains_what_is_missing_and_reads_off_gains(whole, capsys):
     runs = [read_json(whole / f"rlhf-steer-rlhf-lr-0-5-seed{seed}" / "metrics.json") for seed in (0, 1)]
     assert figures["runs"][1]["kl"] == pytest.approx((runs[0]["kl"] + runs[1]["kl"]) / 2) and runs[0]["kl"] != runs[1]["kl"]
     assert figures["runs"][0]["n_changed"] <= 9
+    changed = [*options, "--resume", "--rlhf-samples-per-prompt", "1"]
+    assert run(*changed, out=whole) == 2 and "another rlhf_samples_per_prompt" in capsys.readouterr().err
+    shutil.rmtree(whole / "compare")
+    assert run(*changed, out=whole) == 2 and "seed0 was begun with another samples_per_prompt" in capsys.readouterr().err
 
 
-def test_sweep_trains_each_cell_once(whole, tmp_path, capsys):
+def test_a_kl_that_many_draws_do_not_reach_is_not_reached():
+    drawn = np.tile(np.linspace(0.0, 1.0, 201), (2, 1)).T
+    drawn[:6, 0] = drawn[:5, 1] = np.nan                               # 6 and 5 of 201
+    assert train.intervals("at", (1.0, 2.0), np.array([0.5, 0.5]), drawn) == {"at 1": "not reached", "at 2": "0.50 [0.05, 0.98]"}
+
+
+def test_random_dictionaries_of_several_layers_differ(whole, monkeypatch):
+    made, random_dictionary = [], train.sae.random_dictionary
+    monkeypatch.setattr(train.sae, "random_dictionary", lambda *about: made.append(random_dictionary(*about)) or made[-1])
+    assert run(*few_prompts(whole), "--stage", "rlhf", "--policy", "random", "--layer", "1,2", "--tag", "two", out=whole) == 0
+    assert len(made) == 2 and not made[0].W_dec_FD.equal(made[1].W_dec_FD)
+
+
+def test_a_gpu_without_bfloat16_is_given_float32(monkeypatch):
+    for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able and not including_emulation)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+        args = SimpleNamespace(device="auto", dtype="auto")
+        train.choose_device(args)
+        assert args.device.type == "cuda" and args.dtype == dtype
+
+
+def test_sweep_trains_each_cell_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "run", lambda words: SimpleNamespace(returncode=train.main(words[2:])))       # quicker than processes
     options = [*few_prompts(tmp_path), "--interpret-features", "2", "--interpret-checks", "0",
                "--stage", "sweep", "--sweep-objectives", "l1,topk", "--sweep-l0", "5", "--sweep-seeds", "1", "--sweep-kl", "0.001"]
     assert run(*options, out=tmp_path) == 0
@@ -282,6 +331,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--corpus", "no-such-file.txt", "--stage", "sae"], "no-such-file.txt"),
     (["--rlhf-episodes", "10", "--rlhf-minibatches", "4"], "--rlhf-episodes"),
     (["--rlhf-eval-size", "1"], "--eval-prompts"),
+    (["--stage", "sweep", "--layer", "1,2"], "give one --layer"),
 ])
 def test_misuse_is_one_clear_line(options, told, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
