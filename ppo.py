@@ -106,7 +106,7 @@ class FeatureScale(nn.Module):
 
     def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> SparseFeatures:
         """-> the features, which do not depend on what is learned here: PPO computes them once a rollout."""
-        return sparse(self.sae.encode(mlp_BTD.to(self.sae.W_dec_FD.dtype)))
+        return sparse(self.sae.encode(mlp_BTD.to(self.sae.W_dec_FD.dtype).contiguous()))      # else, in sampling, B small products
 
     def change(self, features: SparseFeatures) -> Tensor:
         """((c − 1) ⊙ f) W_dec (+ b W_dec) -> change_BTD. A token has some 30 active features of thousands; only theirs are added up.
