@@ -64,8 +64,7 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     saes = load_saes(args, model) if args.policy in NEED_SAE else {}
     if args.policy == "random":
         generator = torch.Generator().manual_seed(args.seed)
-        saes = {layer: sae.random_dictionary(trained, read_json(sae_folder(args, layer) / "metrics.json")["l0"], generator)
-                for layer, trained in saes.items()}
+        saes = {layer: sae.random_dictionary(trained, heldout_rows(args, model, layer), generator) for layer, trained in saes.items()}
     policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit, args.seed)
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
     prompts, eval_prompts = load_prompts(args.prompts, model, tokenizer, cfg), load_prompts(args.eval_prompts, model, tokenizer, cfg, cfg.eval_size)
@@ -402,6 +401,12 @@ def load_saes(args: argparse.Namespace, model: Pythia) -> dict[int, sae.SAE]:
     return {layer: sae.load_sae(sae_folder(args, layer), model=model, model_name=model_name(args), layer=layer) for layer in args.layers}
 
 
+def heldout_rows(args: argparse.Namespace, model: Pythia, layer: int) -> Tensor:
+    """-> MLP outputs of 64 windows of the text that was held out of the training of a layer's SAE, (N, D), float32."""
+    text_BT = read_safetensors(sae_folder(args, layer) / "text.safetensors")["heldout"][:64]
+    return torch.cat([sae.mlp_rows(model, layer, batch_BT) for batch_BT in text_BT.split(16)]).float()
+
+
 def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: "Run",
              generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """-> windows to train on and held-out windows: from --corpus, or sampled from the model. They are kept in the run folder, and with them
@@ -639,7 +644,7 @@ class Run:
 STAGES = {"lm": (stage_lm, LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward": (stage_reward, reward.RewardConfig),
           "rlhf": (stage_rlhf, ppo.PPOConfig), "interpret": (stage_interpret, interpret.InterpretConfig),
           "compare": (stage_compare, CompareConfig), "sweep": (stage_sweep, SweepConfig)}
-NEED_SAE = ("coef", "random")                        # policies that do: `random` has as many vectors, as many of them active
+NEED_SAE = ("coef", "random")                        # policies that do: `random` has as many vectors, each as often active
 ASSETS = Path(__file__).parent / "assets"
 # What besides its own options a stage's result depends on; another value of these is another run.
 DEPENDS = {"lm": ("corpus", "eval_corpus", "seed"), "sae": ("model", "layers", "corpus", "dtype", "seed"),
