@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from train import Run
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
-POLICIES = ("coef", "random", "neurons", "steer", "lora", "full")
+NEED_SAE = ("coef", "random", "random_rates")         # the last two replace its features by random directions
+POLICIES = (*NEED_SAE, "neurons", "steer", "lora", "full")
 EDITS = ("scale", "scale+bias")
 
 
@@ -303,13 +304,13 @@ class LoRAPolicy(WeightPolicy):
 
 
 def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: PPOConfig, edit: str = "scale", seed: int = 0) -> Policy:
-    """-> the policy of `--policy`, on `layers`; `saes` holds each one's SAE (`coef`) or the random dictionary in its place (`random`)."""
+    """-> the policy of `--policy`, on `layers`; `saes` holds each one's SAE (`coef`) or the random dictionary in its place."""
     if name not in POLICIES:
         raise UserError(f"--policy {name}: choose from {', '.join(POLICIES)}")
     if edit not in EDITS:
         raise UserError(f"--edit {edit}: choose from {', '.join(EDITS)}")
-    if cfg.keep and name not in ("coef", "random"):
-        raise UserError(f"--rlhf-keep chooses among coefficients: --policy coef or random, not {name}")
+    if cfg.keep and name not in NEED_SAE:
+        raise UserError(f"--rlhf-keep chooses among coefficients of features: --policy {', '.join(NEED_SAE)}, not {name}")
     if name == "full":
         if model.dtype.itemsize < 4:
             print(f"--policy full trains {model.dtype} weights here, in which small steps are rounded away: take --dtype float32 where memory allows")

@@ -746,16 +746,18 @@ def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable
 
 
 @torch.no_grad()
-def random_dictionary(like: SAE, x_ND: Tensor, generator: torch.Generator) -> SAE:
-    """-> a control: as many random unit vectors as `like` has learned ones. A feature is the input's projection on its vector where that
-    exceeds a threshold of its own, at least 0, set so that it fires on as many of the rows x_ND (float32) as `like`'s feature of that number."""
-    sae = SAE(*like.W_enc_DF.shape, generator).to(x_ND.device)
+def random_dictionary(like: SAE, generator: torch.Generator, x_ND: Tensor | None = None, l0: float = 0) -> SAE:
+    """-> a control: as many random unit vectors as `like` has learned ones, a feature being the input's projection on its vector where that is
+    active: with l0 among the round(l0) largest of a token, at least one; with rows x_ND (float32) above a threshold of its own, at least 0,
+    which it exceeds on as many of these rows as `like`'s feature of the same number is active on."""
+    sae = SAE(*like.W_enc_DF.shape, generator, k=max(1, round(l0)) if x_ND is None else 0).to(like.W_dec_FD.device)
     sae.W_enc_DF.copy_(sae.W_dec_FD.T)
     sae.b_dec_D.copy_(like.b_dec_D)
-    fired_F = torch.stack([(like.encode(chunk_ND) > 0).sum(0) for chunk_ND in x_ND.split(4096)]).sum(0)
-    sae.threshold_F = nn.Parameter(torch.cat([
-        ((x_ND - sae.b_dec_D) @ rows_GD.T).sort(0, descending=True).values.gather(0, fired_G.clamp(max=len(x_ND) - 1)[None])[0]
-        for rows_GD, fired_G in zip(sae.W_dec_FD.split(1024), fired_F.split(1024))]).clamp(min=0))             # G: of 1,024 features
+    if x_ND is not None:
+        active_F = torch.stack([(like.encode(chunk_ND) > 0).sum(0) for chunk_ND in x_ND.split(4096)]).sum(0)
+        sae.threshold_F = nn.Parameter(torch.cat([
+            ((x_ND - sae.b_dec_D) @ rows_GD.T).sort(0, descending=True).values.gather(0, active_G.clamp(max=len(x_ND) - 1)[None])[0]
+            for rows_GD, active_G in zip(sae.W_dec_FD.split(1024), active_F.split(1024))]).clamp(min=0))       # G: of 1,024 features
     return sae.requires_grad_(False)
 
 

@@ -61,10 +61,10 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
 def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict:
     """PPO on --policy against --reward from --prompts; evaluated on --eval-prompts, also by the held-out reward model --gold."""
     model, tokenizer = load_model(args)
-    saes = load_saes(args, model) if args.policy in NEED_SAE else {}
-    if args.policy == "random":
+    saes = load_saes(args, model) if args.policy in ppo.NEED_SAE else {}
+    if args.policy.startswith("random"):
         generator = torch.Generator().manual_seed(args.seed)
-        saes = {layer: sae.random_dictionary(trained, heldout_rows(args, model, layer), generator) for layer, trained in saes.items()}
+        saes = {layer: random_like(args, model, layer, trained, generator) for layer, trained in saes.items()}
     policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit, args.seed)
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
     prompts, eval_prompts = load_prompts(args.prompts, model, tokenizer, cfg), load_prompts(args.eval_prompts, model, tokenizer, cfg, cfg.eval_size)
@@ -77,7 +77,7 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     interpret.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
     # A gain that the gold model, which training never saw, does not share is over-optimisation.
     figures = after.figures | (evaluation.gain_by(gold_fn, after, "gold") if gold_fn else {})
-    if args.policy in NEED_SAE and args.edit == "scale+bias":
+    if args.policy in ppo.NEED_SAE and args.edit == "scale+bias":
         coefs_alone = {name: p if ".coef_" in name else torch.zeros_like(p) for name, p in policy.state_dict().items()}
         with interpret.learned_numbers(policy, coefs_alone):
             without_bias = evaluation(policy).figures
@@ -401,10 +401,13 @@ def load_saes(args: argparse.Namespace, model: Pythia) -> dict[int, sae.SAE]:
     return {layer: sae.load_sae(sae_folder(args, layer), model=model, model_name=model_name(args), layer=layer) for layer in args.layers}
 
 
-def heldout_rows(args: argparse.Namespace, model: Pythia, layer: int) -> Tensor:
-    """-> MLP outputs of 64 windows of the text that was held out of the training of a layer's SAE, (N, D), float32."""
-    text_BT = read_safetensors(sae_folder(args, layer) / "text.safetensors")["heldout"][:64]
-    return torch.cat([sae.mlp_rows(model, layer, batch_BT) for batch_BT in text_BT.split(16)]).float()
+def random_like(args: argparse.Namespace, model: Pythia, layer: int, trained: sae.SAE, generator: torch.Generator) -> sae.SAE:
+    """-> the random dictionary of --policy random or random_rates, to compare a layer's SAE with."""
+    folder = sae_folder(args, layer)
+    if args.policy == "random":
+        return sae.random_dictionary(trained, generator, l0=read_json(folder / "metrics.json")["l0"])
+    text_BT = read_safetensors(folder / "text.safetensors")["heldout"][:64]
+    return sae.random_dictionary(trained, generator, torch.cat([sae.mlp_rows(model, layer, batch_BT) for batch_BT in text_BT.split(16)]).float())
 
 
 def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: "Run",
@@ -497,7 +500,7 @@ def another(args: argparse.Namespace, options: list[str], tags: list[str]) -> ar
 
 def run_apart(cell: argparse.Namespace, stage: str) -> None:
     """Run each part of a stage in a process of its own, so that memory is measured for it alone; not again what is finished."""
-    if stage == "rlhf" and cell.policy in NEED_SAE and missing_saes(cell):
+    if stage == "rlhf" and cell.policy in ppo.NEED_SAE and missing_saes(cell):
         start_apart(cell, "sae")
     folder = folder_of(cell, stage)
     if (folder / "metrics.json").exists():
@@ -644,7 +647,6 @@ class Run:
 STAGES = {"lm": (stage_lm, LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward": (stage_reward, reward.RewardConfig),
           "rlhf": (stage_rlhf, ppo.PPOConfig), "interpret": (stage_interpret, interpret.InterpretConfig),
           "compare": (stage_compare, CompareConfig), "sweep": (stage_sweep, SweepConfig)}
-NEED_SAE = ("coef", "random")                        # policies that do: `random` has as many vectors, each as often active
 ASSETS = Path(__file__).parent / "assets"
 # What besides its own options a stage's result depends on; another value of these is another run.
 DEPENDS = {"lm": ("corpus", "eval_corpus", "seed"), "sae": ("model", "layers", "corpus", "dtype", "seed"),
@@ -754,7 +756,7 @@ def run_config(args: argparse.Namespace, stage: str) -> dict:
 def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
     """-> hashes of the files that earlier stages made for this one: coefficients mean nothing on another SAE than they were learned on."""
     files = []
-    if stage in ("rlhf", "interpret") and args.policy in NEED_SAE:
+    if stage in ("rlhf", "interpret") and args.policy in ppo.NEED_SAE:
         files += [sae_folder(args, layer) / "sae_weights.safetensors" for layer in args.layers]
     if stage == "interpret":
         files.append(folder_of(args, "rlhf") / "policy.safetensors")
@@ -802,7 +804,7 @@ def main(argv: list[str] | None = None) -> int:
         args = resolve(parse(sys.argv[1:] if argv is None else argv))
         whole = ["sae", "rlhf", "interpret"] if args.policy == "coef" else ["sae", "rlhf"]         # of the others there are no features to show
         for stage in whole if args.stage == "all" else [args.stage]:
-            if stage == "sae" or stage == "rlhf" and args.policy in NEED_SAE:
+            if stage == "sae" or stage == "rlhf" and args.policy in ppo.NEED_SAE:
                 run_saes(args, missing=stage == "rlhf")
             if stage != "sae":
                 run_stage(stage, args)

@@ -22,7 +22,7 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import sae  # noqa: E402
 import train  # noqa: E402
-from pythia import Pythia, Tokenizer  # noqa: E402
+from pythia import Pythia, Tokenizer, read_json  # noqa: E402
 
 RIDGE = 1.0              # added to F where its diagonal is 1
 
@@ -32,10 +32,10 @@ def gradients(args: argparse.Namespace) -> dict[str, tuple[Tensor, ...]]:
     (choice_NK), and with λ = 1, which is unbiased (gain_NK)."""
     model, tokenizer, cfg = Pythia.from_pretrained(args.model, dtype=torch.float32), Tokenizer.from_pretrained(args.model), ppo.PPOConfig()
     layer, mlp = args.layer, model.gpt_neox.layers[args.layer].mlp
-    run = argparse.Namespace(out=args.out, middle=model.cfg.num_layers // 2)
-    trained = sae.load_sae(train.sae_folder(run, layer), model=model, model_name=args.model, layer=layer)
+    folder = train.sae_folder(argparse.Namespace(out=args.out, middle=model.cfg.num_layers // 2), layer)
+    trained = sae.load_sae(folder, model=model, model_name=args.model, layer=layer)
     generator = torch.Generator().manual_seed(args.seed)
-    dictionaries = {"coef": trained, "random": sae.random_dictionary(trained, train.heldout_rows(run, model, layer), generator)}
+    dictionaries = {"coef": trained, "random": sae.random_dictionary(trained, generator, l0=read_json(folder / "metrics.json")["l0"])}
     score_fn = reward.load_reward(args.reward, tokenizer)
     prompts = train.load_prompts(str(train.ASSETS / "prompts.txt"), model, tokenizer, cfg)
     policy, critic = ppo.make_policy("steer", model, [layer], {}, cfg), ppo.Critic(model.cfg.hidden_size, cfg.response_tokens, model.device)

@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--stage", default="rlhf", choices=("rlhf", "sae"))
     parser.add_argument("--model", default="6.9b", choices=bench.SHAPES)
     parser.add_argument("--reward", default="6.9b", choices=bench.SHAPES)
-    parser.add_argument("--policy", default="coef", choices=[name for name in ppo.POLICIES if name != "random"])
+    parser.add_argument("--policy", default="coef", choices=[name for name in ppo.POLICIES if not name.startswith("random")])
     parser.add_argument("--objective", default="l1", choices=OBJECTIVES)
     for name, default in (("layer", 16), ("features", 32768), ("episodes", 64), ("prompt-tokens", 64), ("response-tokens", 64), ("micro-batch", 4),
                           ("generate-batch", 64)):

@@ -663,19 +663,22 @@ def test_config_refuses(field, value):
     assert SAEConfig(buffer_rows=4096, batch_size=2048).objective == "l1"
 
 
+@pytest.mark.parametrize("rates", [False, True])
 @torch.no_grad()
-def test_random_dictionary_is_as_large_and_each_feature_fires_as_often():
+def test_random_dictionary_is_as_large_and_as_sparse(rates):
     like, x_ND = SAE(16, 200, seeded()), torch.randn(500, 16, generator=seeded(3))
     like.b_dec_D += 0.1
-    like.b_enc_F -= 3 * torch.rand(200, generator=seeded(4))          # some always fire, some never
-    control = random_dictionary(like, x_ND, seeded(2))
-    features_NF = control.encode(x_ND)
-    fired_F, wanted_F = ((features > 0).sum(0) for features in (features_NF, like.encode(x_ND)))
-    positive_F = (x_ND - like.b_dec_D) @ control.W_dec_FD.T > 0
-    wanted_F = wanted_F.minimum(positive_F.sum(0))                     # no threshold is below 0
-    assert wanted_F.min() < 5 and wanted_F.max() > 200 and (fired_F - wanted_F).abs().max() <= 1              # 1: rounding at the threshold
+    like.b_enc_F -= 3 * torch.rand(200, generator=seeded(4))           # some are always active, some never
+    control = random_dictionary(like, seeded(2), x_ND) if rates else random_dictionary(like, seeded(2), l0=7.4)
+    features_NF, projections_NF = control.encode(x_ND), (x_ND - like.b_dec_D) @ control.W_dec_FD.T
+    if rates:
+        active_F, wanted_F = ((features > 0).sum(0) for features in (features_NF, like.encode(x_ND)))
+        wanted_F = wanted_F.minimum((projections_NF > 0).sum(0))       # no threshold is below 0
+        assert wanted_F.min() < 5 and wanted_F.max() > 200 and (active_F - wanted_F).abs().max() <= 1          # 1: rounding at the threshold
+        want_NF = torch.where(features_NF > 0, projections_NF, 0.0)
+    else:
+        want_NF = torch.where(projections_NF >= projections_NF.topk(7).values[:, -1:], projections_NF, 0.0)
+    torch.testing.assert_close(features_NF, want_NF)
     torch.testing.assert_close(control.W_dec_FD.norm(dim=-1), torch.ones(200))
     assert control.W_dec_FD.shape == like.W_dec_FD.shape and mmcs(control.W_dec_FD, like.W_dec_FD) < 0.9
-    projections_NF = (x_ND - like.b_dec_D) @ control.W_dec_FD.T
-    torch.testing.assert_close(features_NF, torch.where(features_NF > 0, projections_NF, 0.0))
     assert not any(p.requires_grad for p in control.parameters())

@@ -188,11 +188,13 @@ def test_a_kl_that_many_draws_do_not_reach_is_not_reached():
     assert train.intervals("at", (1.0, 2.0), np.array([0.5, 0.5]), drawn) == {"at 1": "not reached", "at 2": "0.50 [0.05, 0.98]"}
 
 
-def test_random_dictionaries_of_several_layers_differ(whole, monkeypatch):
+@pytest.mark.parametrize("policy", ["random", "random_rates"])
+def test_random_dictionaries_of_several_layers_differ(whole, monkeypatch, policy):
     made, random_dictionary = [], train.sae.random_dictionary
-    monkeypatch.setattr(train.sae, "random_dictionary", lambda *about: made.append(random_dictionary(*about)) or made[-1])
-    assert run(*few_prompts(whole), "--stage", "rlhf", "--policy", "random", "--layer", "1,2", "--tag", "two", out=whole) == 0
+    monkeypatch.setattr(train.sae, "random_dictionary", lambda *about, **how: made.append(random_dictionary(*about, **how)) or made[-1])
+    assert run(*few_prompts(whole), "--stage", "rlhf", "--policy", policy, "--layer", "1,2", "--tag", "two", out=whole) == 0
     assert len(made) == 2 and not made[0].W_dec_FD.equal(made[1].W_dec_FD)
+    assert [made[0].threshold_F is None, made[0].k > 0] == [policy == "random"] * 2
 
 
 def test_a_gpu_without_bfloat16_is_given_float32(monkeypatch):
