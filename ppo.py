@@ -480,7 +480,7 @@ def next_logprobs(model: Pythia, hidden_BRD: Tensor, temperature: float) -> Tens
     """-> log-probabilities of the next token, logprobs_BRV: of logits in the model's dtype, but computed in float32 or better."""
     logits_BRV = model.embed_out(hidden_BRD.contiguous())           # one matrix product, where a slice of T would become B small ones
     logits_BRV = logits_BRV if logits_BRV.dtype == torch.float64 else logits_BRV.float()
-    return torch.log_softmax(logits_BRV.div_(temperature), dim=-1)
+    return torch.log_softmax(logits_BRV if temperature == 1 else logits_BRV / temperature, dim=-1)         # no needless pass over the largest tensor
 
 
 def pick(logprobs_BRV: Tensor, tokens_BR: Tensor) -> Tensor:
