@@ -11,15 +11,18 @@ that the real loader is measured. --against needs that library installed (trl 1.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -257,20 +260,32 @@ def reward_like(model: Pythia) -> RewardModel:
 
 
 def trl_iteration(args: argparse.Namespace) -> Callable[[], None]:
-    """-> a function that has TRL's PPOTrainer do one more iteration, in a thread that waits between them, so that it takes turns with ours.
-    Policy, reference, value and reward model have our policy's shape each."""
-    import threading
+    """-> a function that has TRL's PPOTrainer do one more iteration, in a process of its own, as a user would run it: a second team of OpenMP
+    threads in ours would slow down both. Policy, reference, value and reward model have our policy's shape each."""
+    checkpoint(args)                                 # written once, here
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    multiprocessing.get_context("spawn").Process(target=trl_process, args=(args, theirs), daemon=True).start()
+    ours.recv()
 
+    def one_more() -> None:
+        ours.send("go")
+        ours.recv()
+    return one_more
+
+
+def trl_process(args: argparse.Namespace, turns: Connection) -> None:
+    """Train with TRL's PPOTrainer, each iteration when told so."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
-    folder, go, done = checkpoint(args), threading.Semaphore(0), threading.Semaphore(0)
 
     class TakeTurns(TrainerCallback):
         def on_step_end(self, *_, **__):
-            done.release()
-            go.acquire()
+            turns.send("done")
+            with contextlib.suppress(EOFError):      # no more turns: TRL has no clean way to end early, and this process ends with ours
+                turns.recv()
 
+    folder = checkpoint(args)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(__file__).parent.parent / "assets" / "tiny" / "tokenizer.json"),
                                         eos_token="<|endoftext|>", pad_token="<|padding|>")
     cfg = PPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.episodes, gradient_accumulation_steps=1,
@@ -281,18 +296,9 @@ def trl_iteration(args: argparse.Namespace) -> Callable[[], None]:
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype) for _ in range(2))
     value, scorer = (AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=args.dtype) for _ in range(2))
     trainer = PPOTrainer(cfg, tokenizer, policy, reference, scorer, Dataset.from_dict({"input_ids": prompts}), value, callbacks=[TakeTurns()])
-    threads = torch.get_num_threads()
-
-    def train() -> None:
-        torch.set_num_threads(threads)
-        go.acquire()
-        trainer.train()
-    threading.Thread(target=train, daemon=True).start()
-
-    def one_more() -> None:
-        go.release()
-        done.acquire()
-    return one_more
+    turns.send("ready")
+    turns.recv()
+    trainer.train()
 
 
 def bench_ppo(args: argparse.Namespace) -> None:
