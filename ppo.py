@@ -227,13 +227,13 @@ class EditPolicy(Policy):
     def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Trunk:
         """-> what of these episodes no learned number can change: computed once a rollout, whatever is updated later."""
         resid_BTD, mlp_BTD, neurons_BTM = self.model.trunk(tokens_BT, self.lowest, mask_BT)
-        ref_hidden_BRD = self.model.hidden_from(resid_BTD, self.lowest, mask_BT)[:, -R - 1:-1]
+        ref_hidden_BRD = self.model.hidden_from(resid_BTD, self.lowest, mask_BT, last=R + 1)[:, :-1]
         return Trunk(ref_hidden_BRD, resid_BTD, self.edits[self.lowest].encode(mlp_BTD, neurons_BTM))
 
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
         """-> the policy's final hidden states at the positions that predict the response, hidden_BRD."""
         edited_BTD = trunk.resid_BTD + self.edits[self.lowest].change(trunk.features).to(trunk.resid_BTD.dtype)
-        return self.model.hidden_from(edited_BTD, self.lowest, mask_BT, edits=self.edits)[:, -R - 1:-1]
+        return self.model.hidden_from(edited_BTD, self.lowest, mask_BT, self.edits, last=R + 1)[:, :-1]
 
     def n_changed(self) -> int:
         return sum(int((p != self.start(name)).sum()) for name, p in self.trainable().items())
@@ -258,10 +258,10 @@ class WeightPolicy(Policy):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Trunk:
-        return Trunk(self.reference.hidden(tokens_BT, mask_BT)[:, -R - 1:-1])
+        return Trunk(self.reference.hidden(tokens_BT, mask_BT, last=R + 1)[:, :-1])
 
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
-        return self.model.hidden(tokens_BT, mask_BT)[:, -R - 1:-1]
+        return self.model.hidden(tokens_BT, mask_BT, last=R + 1)[:, :-1]
 
     def n_changed(self) -> int:
         return sum(int((p != self.reference.get_parameter(name)).sum()) for name, p in self.trainable().items())

@@ -194,13 +194,12 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """nn.Linear. For a few rows on a CPU, as in sampling, it computes (W xᵀ)ᵀ, for which the BLAS there reads the weights faster."""
+    """nn.Linear. For one token each of a few rows, as in sampling, it computes (W xᵀ)ᵀ on a CPU, whose BLAS then reads the weights faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if rows > 64 or torch.is_grad_enabled() or x.device.type != "cpu":
+        if x.shape[-2] > 1 or len(x) > 64 or torch.is_grad_enabled() or x.device.type != "cpu":
             return super().forward(x)
-        columns = x.reshape(rows, -1).T.contiguous()
+        columns = x.flatten(0, -2).T.contiguous()
         out = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
         return out.T.reshape(*x.shape[:-1], -1)
 
@@ -253,9 +252,11 @@ class Block(nn.Module):
         self.attention = Attention(cfg, layer)
         self.mlp = MLP(cfg)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, attend_BHTS: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
-        """-> the residual stream after the block, the MLP's output m_BTD, the MLP's neurons_BTM."""
+    def forward(self, x_BTD: Tensor, rotary: Rotary, attend_BHTS: Tensor | None, cache: KVCache | None,
+                last: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """-> the residual stream after the block, the MLP's output m_BTD, the MLP's neurons_BTM; with `last` of so many last positions only."""
         h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD), rotary, attend_BHTS, cache)
+        x_BTD, h_BTD = x_BTD[:, -last:], h_BTD[:, -last:]          # -0: is all
         mlp_BTD, neurons_BTM = self.mlp(self.post_attention_layernorm(x_BTD if self.parallel else h_BTD))
         return h_BTD + mlp_BTD, mlp_BTD, neurons_BTM
 
@@ -301,10 +302,11 @@ class Pythia(nn.Module):
         """-> logits_BTV, of the next token at each position."""
         return self.embed_out(self.hidden(tokens_BT, mask_BT, edits))
 
-    def hidden(self, tokens_BT: Tensor, mask_BT: Tensor | None = None, edits: Edits | None = None) -> Tensor:
-        """-> hidden_BTD, the final hidden state after the last layer norm; `embed_out` makes logits of it."""
+    def hidden(self, tokens_BT: Tensor, mask_BT: Tensor | None = None, edits: Edits | None = None, last: int = 0) -> Tensor:
+        """-> hidden_BTD, the final hidden state after the last layer norm; `embed_out` makes logits of it. With `last`, of so many last
+        positions only: the others' part of the last MLP is not computed."""
         x_BTD = self.gpt_neox.embed_in(tokens_BT)
-        return self.gpt_neox.final_layer_norm(self._run(x_BTD, range(self.cfg.num_layers), mask_BT, edits)[0])
+        return self.gpt_neox.final_layer_norm(self._run(x_BTD, range(self.cfg.num_layers), mask_BT, edits, last=last)[0])
 
     def trunk(self, tokens_BT: Tensor, layer: int, mask_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Run layers 0..layer, unedited -> resid_BTD after `layer`, its mlp_BTD and neurons_BTM."""
@@ -318,13 +320,13 @@ class Pythia(nn.Module):
         """Run the layers above `layer` on the residual stream after it -> logits_BTV."""
         return self.embed_out(self.hidden_from(resid_BTD, layer, mask_BT, edits))
 
-    def hidden_from(self, resid_BTD: Tensor, layer: int, mask_BT: Tensor | None = None, edits: Edits | None = None) -> Tensor:
+    def hidden_from(self, resid_BTD: Tensor, layer: int, mask_BT: Tensor | None = None, edits: Edits | None = None, last: int = 0) -> Tensor:
         """Run the layers above `layer` on the residual stream after it -> hidden_BTD, as `hidden`."""
         above = range(self.check_layer(layer) + 1, self.cfg.num_layers)
-        return self.gpt_neox.final_layer_norm(self._run(resid_BTD, above, mask_BT, edits)[0])
+        return self.gpt_neox.final_layer_norm(self._run(resid_BTD, above, mask_BT, edits, last=last)[0])
 
     def _run(self, x_BTD: Tensor, layers: range, mask_BT: Tensor | None, edits: Edits | None,
-             cache: KVCache | None = None, rotary: Rotary | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+             cache: KVCache | None = None, rotary: Rotary | None = None, last: int = 0) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run `layers` on the residual stream x_BTD -> the stream after them, and the last one's mlp_BTD and neurons_BTM."""
         T = x_BTD.shape[1]
         rotary = rotary or Rotary(self.cfg, T, x_BTD.device, x_BTD.dtype)
@@ -334,12 +336,12 @@ class Pythia(nn.Module):
             block = self.gpt_neox.layers[layer]
             if self.recompute and torch.is_grad_enabled():
                 block = functools.partial(checkpoint, block, use_reentrant=False)
-            x_BTD, mlp_BTD, neurons_BTM = block(x_BTD, rotary, attend_BHTS, cache)
+            x_BTD, mlp_BTD, neurons_BTM = block(x_BTD, rotary, attend_BHTS, cache, last if layer == layers[-1] else 0)
             if edits and layer in edits:
                 x_BTD = x_BTD + edits[layer](mlp_BTD, neurons_BTM)
         if cache:
             cache.length += T
-        return x_BTD, mlp_BTD, neurons_BTM
+        return x_BTD[:, -last:], mlp_BTD, neurons_BTM
 
     def check_layer(self, layer: int) -> int:
         """-> `layer`, or a UserError where the model has no such layer."""
@@ -370,8 +372,8 @@ class Pythia(nn.Module):
             x_BTD = self.gpt_neox.embed_in(tokens_BT[:, new])
             past_mask = None if mask_BT is None else mask_BT[:, :step]
             x_BTD = self._run(x_BTD, range(self.cfg.num_layers), past_mask, edits, cache, rotary)[0]
-            logits_BV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1]))
-            tokens_BT[:, step] = sample(logits_BV, temperature, uniform_BR[:, step - T])
+            logits_BTV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1:]))
+            tokens_BT[:, step] = sample(logits_BTV[:, 0], temperature, uniform_BR[:, step - T])
         return tokens_BT
 
     # ---- making, loading and saving

@@ -142,7 +142,7 @@ class RewardModel(Pythia):
     def prefixes(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Tensor:
         """-> scores of the text without the last R tokens, with one of them, … with all, (B, R + 1), from one pass: causal attention
         makes each position's hidden state that of the text up to it."""
-        return self.head_scores(self.hidden(tokens_BT, mask_BT)[:, -R - 1:])
+        return self.head_scores(self.hidden(tokens_BT, mask_BT, last=R + 1))
 
     @classmethod
     def from_backbone(cls, model: Pythia, generator: torch.Generator) -> "RewardModel":

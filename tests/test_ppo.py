@@ -145,8 +145,8 @@ def test_cached_trunk_equals_the_whole_model_bit_for_bit(parallel, layers):
     model, (tokens_BT, mask_BT) = random_model(F64, parallel_residual=parallel), padded()
     policy = random_policy("coef", model, layers, "scale+bias")
     trunk = policy.observe(tokens_BT, mask_BT, R)
-    assert torch.equal(trunk.ref_hidden_BRD, model.hidden(tokens_BT, mask_BT)[:, -R - 1:-1])
-    hidden = [policy.hidden(tokens_BT, mask_BT, R, trunk), model.hidden(tokens_BT, mask_BT, policy.edits)[:, -R - 1:-1]]
+    assert torch.equal(trunk.ref_hidden_BRD, model.hidden(tokens_BT, mask_BT, last=R + 1)[:, :-1])
+    hidden = [policy.hidden(tokens_BT, mask_BT, R, trunk), model.hidden(tokens_BT, mask_BT, policy.edits, last=R + 1)[:, :-1]]
     assert torch.equal(*hidden)
     gradients = [torch.autograd.grad(h.square().sum(), list(policy.trainable().values())) for h in hidden]
     assert all(map(torch.equal, *gradients)) and all(gradient.abs().max() > 0 for gradient in gradients[0])

@@ -98,6 +98,7 @@ def test_parts_make_the_whole_bit_for_bit(parallel, mask_BT):
         resid_BTD, mlp_BTD, neurons_BTM = model.trunk(tokens_BT, layer, mask_BT)
         assert torch.equal(model.forward_from(resid_BTD, layer, mask_BT), logits_BTV)
         assert torch.equal(model.hidden_from(resid_BTD, layer, mask_BT), hidden_BTD)
+        torch.testing.assert_close(model.hidden_from(resid_BTD, layer, mask_BT, last=3), hidden_BTD[:, -3:], atol=1e-6, rtol=0)
         seen = []
         hook = model.gpt_neox.layers[layer].mlp.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
         model(tokens_BT, mask_BT)
