@@ -199,7 +199,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2] > 1 or len(x) > 64 or torch.is_grad_enabled() or x.device.type != "cpu":
             return super().forward(x)
-        columns = x.flatten(0, -2).T.contiguous()
+        columns = x.flatten(0, -2).T
         out = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
         return out.T.reshape(*x.shape[:-1], -1)
 

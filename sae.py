@@ -103,11 +103,11 @@ class SAE(nn.Module):
     def pre(self, x: Tensor) -> Tensor:
         """x (…, D) -> z (…, F), the pre-activations."""
         # b_dec folded into the bias: else autograd would compute a gradient of x, a sixth matrix product, only for b_dec.
-        return x @ self.W_enc_DF + (self.b_enc_F - self.b_dec_D @ self.W_enc_DF)
+        return F.linear(x, self.W_enc_DF.T, self.b_enc_F - self.b_dec_D @ self.W_enc_DF)
 
     def encode(self, x: Tensor) -> Tensor:
         """x (…, D) -> features (…, F), ≥ 0 and mostly 0."""
-        features = F.relu(self.pre(x))
+        features = self.pre(x).relu_()               # in place: the largest tensor of all
         if self.threshold_F is not None:
             features = features * (features > self.threshold_F)
         return keep_largest(features, self.k) if self.k else features
