@@ -365,7 +365,7 @@ class Pythia(nn.Module):
         total = T + max_new_tokens
         uniform_BR = 1 - torch.rand(B, max_new_tokens, generator=generator, device=generator.device if generator else "cpu").to(self.device)
         tokens_BT = F.pad(prompt_BT, (0, max_new_tokens))
-        mask_BT = None if mask_BT is None else F.pad(mask_BT, (0, max_new_tokens), value=1)
+        mask_BT = None if mask_BT is None or mask_BT.all() else F.pad(mask_BT, (0, max_new_tokens), value=1)
         cache, rotary = KVCache(self.cfg, B, total, self.device, self.dtype), Rotary(self.cfg, total, self.device, self.dtype)
         for step in range(T, total):
             new = slice(cache.length, step)          # the whole prompt at first, then one token at a time
