@@ -7,7 +7,6 @@ Dimension key: B batch   T tokens   R response tokens   N rows (tokens, flattene
 import io
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -276,17 +275,6 @@ def as_sparse_as(values_NG: Tensor, rate_F: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------- causal effects on the reward
 
-@contextmanager
-def learned_numbers(policy: EditPolicy, values: dict[str, Tensor]) -> Iterator[None]:
-    """Within it, the policy's coefficients and biases are `values`."""
-    before = {name: p.clone() for name, p in policy.state_dict().items()}
-    try:
-        policy.load_state_dict(values)
-        yield
-    finally:
-        policy.load_state_dict(before)
-
-
 def mixed(base: dict[str, Tensor], other: dict[str, Tensor], features: list[Feature]) -> dict[str, Tensor]:
     """-> base's numbers, but other's for `features`, coefficients and biases alike."""
     mix = {name: value.clone() for name, value in base.items()}
@@ -341,7 +329,7 @@ class Samples:
     @torch.no_grad()
     def change(self, values: dict[str, Tensor]) -> tuple[Tensor, float]:
         """-> each sample's estimate of J(π′) − J(π), π′ the policy with `values`; the effective number of samples (Σw)² / Σw²."""
-        with learned_numbers(self.policy, values):
+        with self.policy.holding(values):
             new_BR = torch.cat([self.logprobs(rows) for rows in ppo.slices(len(self.old_BR), self.evaluation.cfg.micro_batch)])
         weight_BR = ((new_BR - self.old_BR) * self.rollout.mask_BR).double().cumsum(1).exp()
         steps_BR = weight_BR.diff(dim=1, prepend=torch.ones_like(weight_BR[:, :1]))
@@ -353,7 +341,7 @@ class Samples:
         advantage_BR = (self.score_B[:, None] - self.value_BR) * self.rollout.mask_BR
         parameters, halves = self.policy.trainable(), []
         half_B = torch.arange(len(self.old_BR), device=self.old_BR.device) // self.per_prompt % 2
-        with learned_numbers(self.policy, values):
+        with self.policy.holding(values):
             for half in (0, 1):
                 rows = (half_B == half).nonzero().flatten()
                 parts = [torch.autograd.grad((advantage_BR[micro] * self.logprobs(micro)).sum() / max(len(rows), 1), list(parameters.values()))
@@ -414,7 +402,7 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
 
     def fresh_gain(values: dict[str, Tensor]) -> Tensor:
         """-> each prompt's mean score with these values, less the reference's, in units; the same random numbers in every call."""
-        with learned_numbers(policy, values):
+        with policy.holding(values):
             gain_B = again.samples(policy.model, policy.edits).scores_B - again.reference.scores_B
             return by_prompt(gain_B / unit, again.cfg.eval_samples)
 
@@ -490,7 +478,7 @@ def plot_coefficients(path: Path, coefs: dict[int, Tensor]) -> None:
 
 
 def plot_frontier(path: Path, runs: dict[str, list[list[tuple[float, float]]]]) -> None:
-    """Gain against KL along training: a colour for each name, a line for each of its runs (seeds), which is a list of (kl, gain)."""
+    """Gain against KL of the learned change in part and whole: a colour for each name, a line for each of its runs (seeds), a list of (kl, gain)."""
     figure, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
     for i, (name, seeds) in enumerate(runs.items()):
         for number, points in enumerate(seeds):
@@ -541,7 +529,7 @@ def save_figure(path: Path, figure: plt.Figure) -> None:
 # ------------------------------------------------------------------------------------------------------------------- report
 
 def finished_runs(out: str | Path) -> list[dict]:
-    """-> the finished rlhf runs in a run folder, with (kl, gain) of each evaluation along training and at the end."""
+    """-> the finished rlhf runs in a run folder, with (kl, gain) of each point of their frontiers."""
     runs = []
     for folder in sorted(path.parent for path in Path(out).glob("rlhf-*/metrics.json")):
         figures, config = read_json(folder / "metrics.json"), read_json(folder / "config.json")

@@ -14,6 +14,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +34,7 @@ ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> s
 NEED_SAE = ("coef", "random", "random_rates")         # the last two replace its features by random directions
 POLICIES = (*NEED_SAE, "neurons", "steer", "lora", "full")
 EDITS = ("scale", "scale+bias")
+SHARES = (0.25, 0.5, 0.75, 1.0)                      # of the learned change, where gain and KL are measured
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class PPOConfig:
     recompute: bool = False              # recompute activations in the backward pass: less memory, a third more time
     lora_rank: int = 8                   # of --policy lora
     lora_targets: tuple[str, ...] = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")      # layers that get an adapter
-    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.5 for coefficients, 0.04 for steer, 1e-3 for adapters, 5e-5 for weights
+    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.6 for coefficients, 0.04 for steer, 1e-3 for adapters, 5e-5 for weights
     critic_lr: float = 3e-3              # of the value head
     adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
     gamma: float = 1.0                   # discount
@@ -62,22 +64,23 @@ class PPOConfig:
     kl_coef: float = 0.05                # β at the start, with scores of unit standard deviation
     kl_target: float = 6.0               # nats a response that the controller of β aims at (Ziegler)
     kl_horizon: float = 10.0             # iterations; 10,000 episodes in Ziegler's code
-    keep: int = 0                        # how many numbers an edit may move, the others stay exactly where they were (see screen_numbers); 0: all
-    screen: int = 4                      # with `keep`: rollouts before the first step, to tell which
+    keep: int = 0                        # how many numbers an edit may move in the end, chosen after three quarters of the iterations (see keep_few); 0: all
+    screen: int = 4                      # with `keep`: rollouts of the reference by which they are chosen
     kl_stop: float = 20.0                # nats a response; a policy farther than this from the reference has diverged, and training ends
-    eval_every: int = 5                  # iterations between evaluations along training
     eval_size: int = 128                 # held-out prompts of an evaluation, the first of their file
     eval_samples: int = 8                # samples for each of them
     checkpoint_seconds: float = 120.0    # between resumable states
 
     def __post_init__(self):
         for name in ("iterations", "episodes", "samples_per_prompt", "prompt_tokens", "response_tokens", "temperature", "epochs", "minibatches",
-                     "micro_batch", "generate_batch", "screen", "kl_target", "kl_horizon", "kl_stop", "eval_every", "eval_size", "eval_samples",
+                     "micro_batch", "generate_batch", "screen", "kl_target", "kl_horizon", "kl_stop", "eval_size", "eval_samples",
                      "lora_rank"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--rlhf-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
             raise UserError("--rlhf-episodes must be a multiple of --rlhf-samples-per-prompt and of --rlhf-minibatches")
+        if self.keep and self.iterations < 2:
+            raise UserError("--rlhf-keep chooses after three quarters of the iterations: --rlhf-iterations must be 2 or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------- the edit
@@ -92,43 +95,57 @@ class FeatureScale(nn.Module):
     """m' = m + ((c − 1) ⊙ f(m)) W_dec: scale each SAE feature's output vector, pass the SAE's error through.
 
     With `bias`: m' = m + ((c − 1) ⊙ f(m) + b) W_dec, b an always-on push along each feature vector. coef_F = 1 and bias_F = 0
-    at the start, where the change is exactly 0 and the policy is the reference.
+    at the start, where the change is exactly 0 and the policy is the reference. With `vector`: + v, one push for all, which `keep_few`
+    turns into biases of few features.
     """
 
-    def __init__(self, sae: SAE, bias: bool = False):
+    def __init__(self, sae: SAE, bias: bool = False, vector: bool = False):
         super().__init__()
         self.sae = sae.requires_grad_(False)
         self.coef_F = nn.Parameter(torch.ones_like(sae.b_enc_F))
         self.bias_F = nn.Parameter(torch.zeros_like(sae.b_enc_F)) if bias else None
+        self.vector_D = nn.Parameter(torch.zeros_like(sae.b_dec_D)) if vector else None
 
     def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
         """-> change_BTD, which Pythia adds to the residual stream."""
-        return self.change(self.encode(mlp_BTD, neurons_BTM)).to(mlp_BTD.dtype)
+        features_NF = self.features(mlp_BTD).flatten(0, 1)
+        row_X, id_X = features_NF.nonzero(as_tuple=True)                                       # X: all active features of all tokens
+        count_N = torch.bincount(row_X, minlength=len(features_NF))
+        return self.add_up(id_X, features_NF[row_X, id_X], count_N).view_as(mlp_BTD).to(mlp_BTD.dtype)
+
+    def features(self, mlp_BTD: Tensor) -> Tensor:
+        """-> features_BTF, which do not depend on what is learned here."""
+        return self.sae.encode(mlp_BTD.to(self.sae.W_dec_FD.dtype).contiguous())               # else, in sampling, B small products
 
     def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> SparseFeatures:
-        """-> the features, which do not depend on what is learned here: PPO computes them once a rollout."""
-        return sparse(self.sae.encode(mlp_BTD.to(self.sae.W_dec_FD.dtype).contiguous()))      # else, in sampling, B small products
+        """-> the same, active ones only: PPO computes them once a rollout."""
+        return sparse(self.features(mlp_BTD))
 
     def change(self, features: SparseFeatures) -> Tensor:
-        """((c − 1) ⊙ f) W_dec (+ b W_dec) -> change_BTD. A token has some 30 active features of thousands; only theirs are added up.
-
-        Here PPO's gradient reaches c, by autograd: ∂loss/∂c_i = Σ over tokens of f_i · (d_i · ∂loss/∂change), d_i the feature's vector.
-        """
+        """What `encode` gives -> change_BTD. Here PPO's gradient reaches c, by autograd: ∂loss/∂c_i = Σ over tokens of
+        f_i · (d_i · ∂loss/∂change), d_i the feature's vector."""
         B, T, A = features.ids_BTA.shape
         active_NA = features.values_BTA.view(-1, A) != 0
-        count_N = active_NA.sum(1)
-        id_X, value_X = (part_BTA.view(-1, A)[active_NA] for part_BTA in features)             # X: all active features of all tokens
+        id_X, value_X = (part_BTA.view(-1, A)[active_NA] for part_BTA in features)
+        return self.add_up(id_X, value_X, active_NA.sum(1)).view(B, T, -1)
+
+    def add_up(self, id_X: Tensor, value_X: Tensor, count_N: Tensor) -> Tensor:
+        """((c − 1) ⊙ f) W_dec (+ b W_dec) -> change_ND, from active features, token by token, each token's number of them in count_N. Some 30
+        of thousands are active at a token; only theirs are added up."""
         scale_X = (self.coef_F - 1).index_select(0, id_X) * value_X
         start_N = count_N.cumsum(0) - count_N                                                  # where each token's begin
-        change_BTD = F.embedding_bag(id_X, self.sae.W_dec_FD, start_N, per_sample_weights=scale_X, mode="sum").view(B, T, -1)
-        return change_BTD if self.bias_F is None else change_BTD + self.bias_F @ self.sae.W_dec_FD
+        change_ND = F.embedding_bag(id_X, self.sae.W_dec_FD, start_N, per_sample_weights=scale_X, mode="sum")
+        for push_D in () if self.bias_F is None else (self.bias_F @ self.sae.W_dec_FD, self.vector_D):
+            change_ND = change_ND if push_D is None else change_ND + push_D
+        return change_ND
 
     def gradients(self, features: SparseFeatures, gradient_BTD: Tensor) -> dict[str, Tensor]:
-        """A gradient by the change -> that by coef_F and bias_F, episode by episode, (B, F): for `screen_numbers` alone."""
+        """A gradient by the change -> that by coef_F, bias_F and vector_D, episode by episode, (B, …): for `keep_few` alone."""
         along_BTF = gradient_BTD.to(self.sae.W_dec_FD.dtype) @ self.sae.W_dec_FD.T
         each_BTA = along_BTF.gather(-1, features.ids_BTA) * features.values_BTA
         coef_BF = along_BTF.new_zeros(len(along_BTF), self.sae.num_features).scatter_add(1, features.ids_BTA.flatten(1), each_BTA.flatten(1))
-        return {"coef_F": coef_BF} | ({} if self.bias_F is None else {"bias_F": along_BTF.sum(1)})
+        found = {"coef_F": coef_BF, "bias_F": along_BTF.sum(1), "vector_D": gradient_BTD.sum(1)}
+        return {name: found[name] for name, _ in self.named_parameters(recurse=False)}
 
 
 class NeuronScale(nn.Module):
@@ -190,7 +207,8 @@ class Trunk(NamedTuple):
 
 
 class Policy:
-    """What RLHF trains: `model` samples, `reference` is what it must stay near. `trainable` names the learned numbers."""
+    """What RLHF trains: `model` samples, `reference` is what it must stay near. `trainable` names the learned numbers, `start` tells what
+    each was before anything was learned."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """-> the learned numbers by name, as views; `load_state_dict` copies such into them."""
@@ -201,10 +219,28 @@ class Policy:
         for name, p in self.trainable().items():
             p.copy_(state[name])
 
-    def learning_rates(self, lr: float) -> list[tuple[list[nn.Parameter], float]]:
-        """-> parameters and Adam's step for them. An edit's bias acts on every token and a coefficient where its feature fires: a step of a
-        bias changes logprobs about six times as much (root mean squares of their gradients, tiny, layer 2)."""
-        return [([p], (lr or self.default_lr) / (6 if ".bias_F" in name else 1)) for name, p in self.trainable().items()]
+    @contextmanager
+    def holding(self, numbers: dict[str, Tensor]) -> Iterator[None]:
+        """Within it, the learned numbers are these."""
+        before = {name: p.clone() for name, p in self.state_dict().items()}
+        try:
+            self.load_state_dict(numbers)
+            yield
+        finally:
+            self.load_state_dict(before)
+
+    def part_way(self, share: float) -> dict[str, Tensor]:
+        """-> the learned numbers moved by only a share of the way that they have gone: start + share · (now − start), exactly `now` for 1."""
+        return {name: torch.lerp(torch.as_tensor(self.start(name), dtype=p.dtype, device=p.device).expand_as(p), p, share)
+                for name, p in self.state_dict().items()}
+
+    def n_changed(self) -> int:
+        """-> how many of the learned numbers are not exactly what they were."""
+        return sum(int((p != self.start(name)).sum()) for name, p in self.state_dict().items())
+
+    def learning_rates(self, lr: float, learns: dict[str, Tensor]) -> list[tuple[list[nn.Parameter], float]]:
+        """-> parameters and Adam's step for them; `learns` masks those of which only some learn."""
+        return [([p], lr or self.default_lr) for p in self.trainable().values()]
 
 
 class EditPolicy(Policy):
@@ -215,7 +251,7 @@ class EditPolicy(Policy):
     r + change and the layers above. Features of higher edited layers do depend on it and are computed anew, with gradient.
     """
 
-    def __init__(self, model: Pythia, edits: dict[int, nn.Module], default_lr: float = 0.5):
+    def __init__(self, model: Pythia, edits: dict[int, nn.Module], default_lr: float = 0.6):
         self.model = self.reference = model
         self.default_lr = default_lr
         self.edits = edits
@@ -235,13 +271,20 @@ class EditPolicy(Policy):
         edited_BTD = trunk.resid_BTD + self.edits[self.lowest].change(trunk.features).to(trunk.resid_BTD.dtype)
         return self.model.hidden_from(edited_BTD, self.lowest, mask_BT, self.edits, last=R + 1)[:, :-1]
 
-    def n_changed(self) -> int:
-        return sum(int((p != self.start(name)).sum()) for name, p in self.trainable().items())
-
-    @staticmethod
-    def start(name: str) -> float:
-        """-> what a parameter is before anything is learned."""
+    def start(self, name: str) -> float:
         return 1.0 if ".coef_" in name else 0.0
+
+    def learning_rates(self, lr: float, learns: dict[str, Tensor]) -> list[tuple[list[nn.Parameter], float]]:
+        """Biases, and the numbers of a vector, share the step: so that all together push every token about by lr. Of n biases that is √n
+        times one's step where they disagree, and n √(2/πD) times along what they agree on. Coefficients beside them take a quarter of it:
+        at lr, the noise of thousands of them costs as much KL as all biases."""
+        lr, D, found = lr or self.default_lr, self.model.cfg.hidden_size, []
+        biased = any(".bias_" in name for name in self.trainable())
+        for name, p in self.trainable().items():
+            n = max(1, int(learns[name].sum()) if name in learns else p.numel())
+            shares = {"bias_F": math.sqrt(n + 2 / math.pi * n ** 2 / D), "vector_D": math.sqrt(D), "coef_F": 4.0} if biased else {}
+            found.append(([p], lr / shares.get(name.split(".")[1], 1.0)))
+        return found
 
 
 class WeightPolicy(Policy):
@@ -263,8 +306,8 @@ class WeightPolicy(Policy):
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
         return self.model.hidden(tokens_BT, mask_BT, last=R + 1)[:, :-1]
 
-    def n_changed(self) -> int:
-        return sum(int((p != self.reference.get_parameter(name)).sum()) for name, p in self.trainable().items())
+    def start(self, name: str) -> Tensor:
+        return self.reference.get_parameter(name)
 
 
 class LoRA(nn.Module):
@@ -298,9 +341,9 @@ class LoRAPolicy(WeightPolicy):
         if unknown := set(targets) - set(found):
             raise UserError(f"--rlhf-lora-targets {','.join(sorted(unknown))}: choose from query_key_value, dense, dense_h_to_4h, dense_4h_to_h")
 
-    def n_changed(self) -> int:
-        """Entries of B that are not 0; A changes nothing without them."""
-        return sum(int((p != 0).sum()) for name, p in self.trainable().items() if name.endswith("B_KD"))
+    def start(self, name: str) -> float | Tensor:
+        """0 for B; A, which changes nothing without B, counts as never moved."""
+        return 0.0 if name.endswith("B_KD") else self.trainable()[name].detach()
 
 
 def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: PPOConfig, edit: str = "scale", seed: int = 0) -> Policy:
@@ -311,6 +354,7 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
         raise UserError(f"--edit {edit}: choose from {', '.join(EDITS)}")
     if cfg.keep and name not in NEED_SAE:
         raise UserError(f"--rlhf-keep chooses among coefficients of features: --policy {', '.join(NEED_SAE)}, not {name}")
+    bias = edit == "scale+bias"
     if name == "full":
         if model.dtype.itemsize < 4:
             print(f"--policy full trains {model.dtype} weights here, in which small steps are rounded away: take --dtype float32 where memory allows")
@@ -321,27 +365,38 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
         return EditPolicy(model, {layer: NeuronScale(model.gpt_neox.layers[layer].mlp) for layer in layers})
     if name == "steer":
         return EditPolicy(model, {layer: Steer(model.cfg.hidden_size, model.device) for layer in layers}, default_lr=0.04)
-    return EditPolicy(model, {layer: FeatureScale(saes[layer], bias=edit == "scale+bias") for layer in layers})
+    return EditPolicy(model, {layer: FeatureScale(saes[layer], bias, vector=bias and cfg.keep > 0) for layer in layers})
 
 
-def screen_numbers(policy: EditPolicy, act: Callable[[str], tuple["Rollout", Tensor, Tensor]], cfg: PPOConfig) -> dict[str, Tensor]:
-    """-> by parameter, 1 for the numbers that may learn, `cfg.keep` of all of them together. Looks at `cfg.screen` rollouts of the policy
-    at its start (`act` makes one, with its advantages and returns) and chooses by `forward_selection`."""
-    parts = []
-    for _ in tqdm(range(cfg.screen), desc="screen"):
-        rollout, advantages_BR, _ = act("rlhf, screening")
-        for rows in slices(cfg.episodes, cfg.micro_batch):
-            batch = select(rollout, rows)
-            parts.append([episode_gradients(policy, batch, weight_BR, cfg) for weight_BR in (batch.mask_BR, advantages_BR[rows])])
-    logps_NK, gradients_NK = (torch.cat([torch.cat(list(part[i].values()), 1) for part in parts]) for i in (0, 1))
-    mask_K = torch.zeros_like(logps_NK[0]).index_fill(0, forward_selection(logps_NK, gradients_NK, cfg.keep), 1.0)
-    numbers = policy.trainable()
-    return dict(zip(numbers, mask_K.split([p.numel() for p in numbers.values()])))
+def keep_few(policy: EditPolicy, prompts: "Prompts", cfg: PPOConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Tell what a policy has learned by `cfg.keep` of its coefficients and biases, those that together come nearest to it, and put all others,
+    and vectors, back to their start exactly -> by parameter, 1 for the numbers that are kept.
+
+    Nearest in KL: near the reference, policies moved by δ and by δ' are ½ mean (s·δ − s·δ')² nats apart, with s an episode's gradient of
+    log π; here from `cfg.screen` rollouts of the reference.
+    """
+    numbers, start, parts = policy.state_dict(), policy.part_way(0.0), []
+    moved = {name: p - start[name] for name, p in numbers.items()}
+    with policy.holding(start):
+        for _ in tqdm(range(cfg.screen), desc="screen"):
+            drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
+            rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
+            parts += [episode_gradients(policy, select(rollout, rows), cfg) for rows in slices(cfg.episodes, cfg.micro_batch)]
+    logps = {name: torch.cat([part[name] for part in parts]) for name in numbers}              # (N episodes, numbers)
+    wanted_N = sum(logps[name] @ step for name, step in moved.items())
+    few = [name for name in numbers if ".vector_" not in name]
+    logps_NK = torch.cat([logps[name] for name in few], 1)
+    chosen, step_C = forward_selection(logps_NK, logps_NK.T @ wanted_N / len(wanted_N), cfg.keep)
+    sizes, zeros_K = [numbers[name].numel() for name in few], torch.zeros_like(logps_NK[0])
+    steps = dict(zip(few, zeros_K.index_copy(0, chosen, step_C).split(sizes)))
+    kept = dict(zip(few, zeros_K.index_fill(0, chosen, 1.0).split(sizes)))
+    policy.load_state_dict({name: p + steps.get(name, 0.0) for name, p in start.items()})
+    return {name: kept.get(name, torch.zeros_like(p)) for name, p in start.items()}
 
 
-def episode_gradients(policy: EditPolicy, batch: "Rollout", weight_BR: Tensor, cfg: PPOConfig) -> dict[str, Tensor]:
-    """-> the gradient of Σ_t weight_t log π_t by each of the policy's numbers, episode by episode, {name: (B, numbers)}; for a policy at its
-    start, where every change is 0. One backward pass to the residual stream behind each edited layer tells them all."""
+def episode_gradients(policy: EditPolicy, batch: "Rollout", cfg: PPOConfig) -> dict[str, Tensor]:
+    """-> the gradient of an episode's log π by each of the policy's numbers, {name: (B, numbers)}; for a policy at its start, where every
+    change is 0. One backward pass to the residual stream behind each edited layer tells them all."""
     probes = {layer: torch.zeros_like(batch.trunk.resid_BTD, requires_grad=True) for layer in policy.edits}
     features = {policy.lowest: batch.trunk.features}
 
@@ -350,33 +405,34 @@ def episode_gradients(policy: EditPolicy, batch: "Rollout", weight_BR: Tensor, c
         return probes[layer]
 
     edits = {layer: functools.partial(watch, layer) for layer in policy.edits}
-    hidden_BRD = policy.model.hidden_from(batch.trunk.resid_BTD + probes[policy.lowest], policy.lowest, batch.mask_BT, edits)
-    logp_BRV = next_logprobs(policy.model, hidden_BRD[:, -cfg.response_tokens - 1:-1], cfg.temperature)
-    logprobs_BR = pick(logp_BRV, batch.tokens_BT[:, -cfg.response_tokens:])
-    gradients = torch.autograd.grad((logprobs_BR * weight_BR).sum(), list(probes.values()))
+    with torch.enable_grad():
+        hidden_BTD = policy.model.hidden_from(batch.trunk.resid_BTD + probes[policy.lowest], policy.lowest, batch.mask_BT, edits)
+        logp_BRV = next_logprobs(policy.model, hidden_BTD[:, -cfg.response_tokens - 1:-1], cfg.temperature)
+        logprobs_BR = pick(logp_BRV, batch.tokens_BT[:, -cfg.response_tokens:])
+        gradients = torch.autograd.grad((logprobs_BR * batch.mask_BR).sum(), list(probes.values()))
     return {f"{layer}.{name}": value_BF for layer, gradient_BTD in zip(probes, gradients)
             for name, value_BF in policy.edits[layer].gradients(features[layer], gradient_BTD).items()}
 
 
-def forward_selection(logps_NK: Tensor, gradients_NK: Tensor, number: int, ridge: float = 1.0) -> Tensor:
-    """Which of K numbers promise most gain for their KL -> their indices, in the order of choice.
+def forward_selection(logps_NK: Tensor, wanted_K: Tensor, number: int, ridge: float = 0.03) -> tuple[Tensor, Tensor]:
+    """Of K numbers, take the few by whose steps δ Fδ comes nearest to `wanted` -> their indices in the order of choice, and δ of each.
 
-    To second order, moving by δ gains g·δ and costs ½ δᵀFδ nats: g is the mean of the episodes' policy gradients (N rows), F the Fisher
-    information, the mean of s sᵀ over the episodes' gradients s of log π (`logps_NK`). The best δ is the natural gradient F⁻¹g (Kakade
-    2001). Here the numbers are chosen one by one, each time the one whose gradient the others' best step leaves largest: orthogonal
-    matching pursuit (Pati et al. 1993), in units in which F has diagonal 1, with a ridge against noise. Features that say the same are
-    not chosen twice.
+    F is the Fisher information, the mean of s sᵀ over N episodes' gradients s of log π (`logps_NK`); ½ δᵀFδ is the KL of a small step. With
+    wanted = Fδ*, δ is the nearest in KL to a step δ*; with the policy gradient g, it is the natural gradient F⁻¹g (Kakade 2001). The
+    numbers are chosen one by one, each time the one that is most missed: orthogonal matching pursuit (Pati et al. 1993), in units in which
+    F has diagonal 1, with a ridge against noise. Features that say the same are not chosen twice.
     """
     N, size_K = len(logps_NK), logps_NK.square().mean(0).sqrt().clamp(min=1e-8)
-    logps_NK, gradient_K = logps_NK / size_K, gradients_NK.mean(0) / size_K
-    chosen, left_K = [], gradient_K.abs()
-    for _ in range(min(number, len(left_K))):
-        chosen.append(int(left_K.argmax()))
+    logps_NK, wanted_K = logps_NK / size_K, wanted_K / size_K
+    chosen, missed_K = [], wanted_K.abs()
+    for _ in range(min(number, len(missed_K))):
+        chosen.append(int(missed_K.argmax()))
         some_NC = logps_NK[:, chosen]                # C: those chosen so far
-        step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), gradient_K[chosen])
-        left_K = (gradient_K - logps_NK.T @ (some_NC @ step_C) / N).abs()
-        left_K[chosen] = -1.0
-    return torch.tensor(chosen, device=left_K.device)
+        step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), wanted_K[chosen])
+        missed_K = (wanted_K - logps_NK.T @ (some_NC @ step_C) / N).abs()
+        missed_K[chosen] = -1.0
+    chosen = torch.tensor(chosen, device=missed_K.device)
+    return chosen, step_C / size_K[chosen]
 
 
 class Critic(nn.Module):
@@ -593,49 +649,54 @@ class Prompts:
 
 
 def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfig, run: "Run",
-              generator: torch.Generator, evaluation: "Evaluation | None" = None) -> Policy:
+              generator: torch.Generator) -> Policy:
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
     policy.model.recompute = cfg.recompute
+    learns = {}                                      # with `keep`, which numbers do: first vectors in place of biases, then those that are kept
+    if cfg.keep:
+        learns = {name: torch.full_like(p, float(".bias_" not in name)) for name, p in policy.state_dict().items()}
     # One tensor after the other: all at once, PyTorch's default on a GPU, takes another copy of the trained weights for what lies between.
     optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in
-                                  (*policy.learning_rates(cfg.lr), (list(critic.parameters()), cfg.critic_lr))], eps=cfg.adam_eps, foreach=False)
-    kl, learns = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon), {}            # learns: with `keep`, which numbers do
+                                  (*policy.learning_rates(cfg.lr, learns), (list(critic.parameters()), cfg.critic_lr))], eps=cfg.adam_eps, foreach=False)
+    kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
-
-    def act(where: str) -> tuple[Rollout, Tensor, Tensor]:
-        """-> a new rollout with its scores and values, its advantages (whitened) and returns."""
-        drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
-        rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
-        rollout = score(rollout, score_fn, standardize, critic, cfg)
-        check_finite(where, activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B, value=rollout.values_BR, kl=rollout.kl_BR)
-        rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, kl.coef)
-        advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
-        return rollout, whiten(advantages_BR, rollout.mask_BR), returns_BR
 
     parts = {"policy": policy, "learns": learns, "critic": critic, "optimizer": optimizer, "kl": vars(kl), "standardize": vars(standardize),
              "generator": generator}                 # all that a resumed run needs; `restore` writes into them, through vars() into the attributes
     first = run.restore(**parts)
-    if cfg.keep and not learns:
-        learns.update(screen_numbers(policy, act, cfg))
     bar = tqdm(range(first, cfg.iterations), desc="rlhf", initial=first, total=cfg.iterations)
     for iteration in bar:
         start = time.monotonic()
-        rollout, advantages_BR, returns_BR = act(where := f"rlhf, step {iteration}")
+        if cfg.keep and iteration == cfg.iterations * 3 // 4:
+            learns.update(keep_few(policy, prompts, cfg, generator))
+            for (params, peak), group in zip(policy.learning_rates(cfg.lr, learns), optimizer.param_groups):
+                group["peak"] = peak
+                optimizer.state.pop(*params)         # Adam would go on moving what is to stay
+        drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
+        rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
+        rollout = score(rollout, score_fn, standardize, critic, cfg)
+        check_finite(where := f"rlhf, step {iteration}", activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
+                     value=rollout.values_BR, kl=rollout.kl_BR)
         if rollout.mean_kl > cfg.kl_stop:
             run.log(step=iteration, diverged=rollout.mean_kl)
             break
+        rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, kl.coef)
+        advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
+        advantages_BR = whiten(advantages_BR, rollout.mask_BR)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - iteration / cfg.iterations)
         figures = update_policy(policy, critic, optimizer, learns, rollout, advantages_BR, returns_BR, cfg, generator, where)
         figures |= rollout_figures(rollout, rollout.scores_B * standardize.std + standardize.mean, returns_BR, kl.coef, prompts.end_of_text)
         kl.update(rollout.mean_kl)
         figures |= {"n_changed": policy.n_changed(), "seconds": time.monotonic() - start}
-        if evaluation and (iteration + 1) % cfg.eval_every == 0 and iteration + 1 < cfg.iterations:
-            figures |= evaluation(policy).for_log()
         run.log(step=iteration, **figures)
         bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{figures['kl']:.2f}", changed=figures["n_changed"])
         run.checkpoint(iteration + 1, cfg.checkpoint_seconds, **parts)
+    if policy.n_changed() > cfg.keep > 0:            # it diverged before its time
+        keep_few(policy, prompts, cfg, generator)
+    for edit in policy.edits.values() if cfg.keep else ():
+        edit.vector_D = None                         # it is 0 now
     return policy
 
 
@@ -729,7 +790,7 @@ class Evaluated(NamedTuple):
     prompt_means: dict[str, list[float]] = {}        # gain and KL of each prompt, for intervals over prompts
 
     def for_log(self) -> dict:
-        """-> all that was measured, as `eval_` figures of a line of metrics.jsonl."""
+        """-> all that was measured, as `eval_` figures for a line of metrics.jsonl."""
         return {f"eval_{key}": value for key, value in (self.figures | self.prompt_means).items()}
 
 
@@ -767,12 +828,23 @@ class Evaluation:
                                                 for name in ("entropy_BR", "mask_BR", "ref_logprobs_BR"))
         gain_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std().clamp(min=1e-6)
         return sampled._replace(figures={
-            "score_ref": self.reference.scores_B.mean().item(), "score_policy": sampled.scores_B.mean().item(),
+            "score_ref": self.reference.scores_B.mean().item(), "score_ref_std": std.item(), "score_policy": sampled.scores_B.mean().item(),
             **self.mean_and_error("score_gain_std", gain_B / std), **self.mean_and_error("reward_loss", -F.logsigmoid(gain_B)),
             **self.mean_and_error("kl", kl_B), "entropy": masked_mean(entropy_BR, mask_BR).item(),
             "distinct_2": distinct_2(sampled, mask_BR.shape[1]), "ref_distinct_2": distinct_2(self.reference, mask_BR.shape[1]),
             "ref_perplexity": masked_mean(ref_logprobs_BR, mask_BR).neg().exp().item()},
             prompt_means={name: by_prompt(x_B, self.cfg.eval_samples).tolist() for name, x_B in (("gains", gain_B / std), ("kls", kl_B))})
+
+    def frontier(self, policy: Policy) -> Iterator[tuple[float, Evaluated]]:
+        """-> (share, what was measured) with the learned numbers taken a quarter, half, three quarters and all of the way that they have gone.
+
+        So is gain known at smaller KLs than the run ended at (as by Ramé et al. 2024, arXiv:2406.16768, of all weights). Where training passed
+        there, its first large and noisy steps had just been made: less gain for the same KL.
+        """
+        for share in SHARES:
+            with policy.holding(policy.part_way(share)):
+                measured = self(policy)
+            yield share, measured
 
     def gain_by(self, score_fn: ScoreFn, sampled: Evaluated, name: str) -> dict:
         """-> the gain of the same samples by another score function, in its own standard deviations on the reference's samples."""
@@ -797,11 +869,11 @@ def distinct_2(sampled: Evaluated, R: int) -> float:
     return len(pairs.unique(dim=0)) / max(1, len(pairs))
 
 
-# Runs compared: gain at a given KL, read off the evaluations along training, with intervals over seeds and prompts.
+# Runs compared: gain at a given KL, read off their frontiers, with intervals over seeds and prompts.
 
 def gain_at_kl(kl_E: np.ndarray, gain_E: np.ndarray, at: float) -> float:
-    """-> the gain where the run first comes to `at` > 0 nats, between evaluations E (and from 0 on) linear in √KL, as gain is near the
-    reference; NaN where it never does."""
+    """-> the gain where a frontier comes to `at` > 0 nats, between its points E (and from 0 on) linear in √KL, as gain is near the reference;
+    NaN where it ends before."""
     root_E, gain_E = np.append(0.0, kl_E) ** 0.5, np.append(0.0, gain_E)
     if not (reached := np.flatnonzero(root_E >= at ** 0.5)).size:
         return math.nan
@@ -810,7 +882,7 @@ def gain_at_kl(kl_E: np.ndarray, gain_E: np.ndarray, at: float) -> float:
 
 
 def gains_at_kls(runs: list[tuple[np.ndarray, np.ndarray]], kls: tuple[float, ...], draws: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """-> mean over runs (one a seed; each kl_EP and gain_EP, evaluations along training by held-out prompts) of the gain at each KL, (K,),
+    """-> mean over runs (one a seed; each kl_EP and gain_EP, the points of a frontier by held-out prompts) of the gain at each KL, (K,),
     NaN where a run does not come so far; and the same for `draws` bootstrap samples of seeds and of prompts, (draws, K). The samples are
     the same in every call with as many seeds and prompts, so that differences between policies are paired. Where seeds differ and are
     only two or three, intervals of their quantiles are too narrow: resampling S of them has (S − 1)/S of their variance."""

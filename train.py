@@ -69,9 +69,9 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
     prompts, eval_prompts = load_prompts(args.prompts, model, tokenizer, cfg), load_prompts(args.eval_prompts, model, tokenizer, cfg, cfg.eval_size)
     evaluation = ppo.Evaluation(model, eval_prompts, score_fn, cfg, seed=1_000_000 + args.seed)
-    ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(args.seed), evaluation)
-    after = evaluation(policy)
-    run.log(step=cfg.iterations, **after.for_log())
+    ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(args.seed))
+    for share, after in evaluation.frontier(policy):             # the last: all of the change
+        run.log(share=share, **after.for_log())
     write_safetensors(run.folder / "policy.safetensors", policy.state_dict())
     write_json(run.folder / "samples.json", interpret.paired_samples(tokenizer, evaluation, after))
     interpret.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
@@ -79,7 +79,7 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     figures = after.figures | (evaluation.gain_by(gold_fn, after, "gold") if gold_fn else {})
     if args.policy in ppo.NEED_SAE and args.edit == "scale+bias":
         coefs_alone = {name: p if ".coef_" in name else torch.zeros_like(p) for name, p in policy.state_dict().items()}
-        with interpret.learned_numbers(policy, coefs_alone):
+        with policy.holding(coefs_alone):
             without_bias = evaluation(policy).figures
         figures |= {f"without_bias_{key}": value for key, value in without_bias.items() if key.startswith(("score_gain_std", "kl"))}
     return figures | {
@@ -131,7 +131,7 @@ def learned_policy(args: argparse.Namespace, cfg: interpret.InterpretConfig, mod
                    learned: dict[str, Tensor], config: dict) -> tuple[ppo.EditPolicy, ppo.Evaluation]:
     """-> the policy of a finished run, and the evaluation of its own reward on its held-out prompts, by samples that the run has not seen."""
     rlhf = ppo.PPOConfig(**{f.name: config[f.name] for f in dataclasses.fields(ppo.PPOConfig) if f.name in config})
-    rlhf = dataclasses.replace(rlhf, eval_samples=min(max(cfg.effect_samples, cfg.fresh_samples), rlhf.eval_samples))
+    rlhf = dataclasses.replace(rlhf, keep=0, eval_samples=min(max(cfg.effect_samples, cfg.fresh_samples), rlhf.eval_samples))
     policy = ppo.make_policy("coef", model, args.layers, saes, rlhf, config["edit"])
     policy.load_state_dict(learned)
     prompts = load_prompts(config["eval_prompts"], model, tokenizer, rlhf, rlhf.eval_size)
@@ -516,7 +516,7 @@ def start_apart(cell: argparse.Namespace, stage: str) -> None:
 
 
 def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """-> KL and gain of each held-out prompt at each evaluation of a run, kl_EP and gain_EP."""
+    """-> KL and gain of each held-out prompt at each point of a run's frontier, kl_EP and gain_EP."""
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "eval_kls" in row]
     return np.array([row["eval_kls"] for row in rows]), np.array([row["eval_gains"] for row in rows])
 

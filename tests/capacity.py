@@ -67,7 +67,7 @@ def gain_at_one_nat(s_NK: Tensor, choice_NK: Tensor, gain_NK: Tensor, keep: int)
     gains, errors = [], []
     for fit_N in (torch.arange(len(s_NK)) % 2 == 0, torch.arange(len(s_NK)) % 2 == 1):
         size_K = s_NK[fit_N].square().mean(0).sqrt().clamp(min=1e-8)
-        kept_C = ppo.forward_selection(s_NK[fit_N], choice_NK[fit_N], keep, RIDGE) if keep else torch.arange(s_NK.shape[1])
+        kept_C = ppo.forward_selection(s_NK[fit_N], choice_NK[fit_N].mean(0), keep, RIDGE)[0] if keep else torch.arange(s_NK.shape[1])
         s_NC, g_C = s_NK[fit_N][:, kept_C] / size_K[kept_C], choice_NK[fit_N][:, kept_C].mean(0) / size_K[kept_C]
         fisher_CC = s_NC.T @ s_NC / len(s_NC) + RIDGE * torch.eye(len(kept_C))
         step_C = torch.linalg.solve(fisher_CC, g_C) / size_K[kept_C]

@@ -36,7 +36,7 @@ SHORT = {                                            # options that make a stage
     "reward": "--reward-epochs 24 --reward-batch-size 8 --reward-max-tokens 32 --reward-min-tokens 8 --reward-checkpoint-seconds 0.1",
     "sae": "--sae-context 32 --sae-text-tokens 4000 --sae-eval-tokens 512 --sae-tokens 20000 --sae-batch-size 128 --sae-num-features 256 "
            "--sae-buffer-rows 2048 --sae-resample-rows 256 --sae-checkpoint-seconds 0.1",
-    "rlhf": "--rlhf-iterations 16 --rlhf-episodes 16 --rlhf-eval-every 5 --rlhf-eval-samples 1 --rlhf-response-tokens 4 "
+    "rlhf": "--rlhf-iterations 16 --rlhf-episodes 16 --rlhf-eval-samples 1 --rlhf-response-tokens 4 "
             "--rlhf-checkpoint-seconds 0.1",
     "interpret": "--interpret-features 8"}
 NEEDS = {"lm": (), "reward": (), "sae": (), "rlhf": ("sae",), "interpret": ("sae", "rlhf-coef")}

@@ -125,12 +125,12 @@ def test_change_of_the_mean_score_is_that_of_a_sum_over_all_responses():
     mask_BT = torch.cat([torch.ones(216, 3).long(), (ended_BR.cumsum(1) - ended_BR == 0).long()], 1)
     sampled = ppo.Evaluated({}, tokens_BT, mask_BT, evaluation.score_fn(tokens_BT, mask_BT))
     first, second = numbers(policy, 0, 0.5), numbers(policy, 1, 0.5)
-    with interpret.learned_numbers(policy, first):
+    with policy.holding(first):
         samples = Samples(policy, evaluation, sampled, 1, 1.0)
     assert all((p == policy.start(name)).all() for name, p in policy.trainable().items())              # put back
 
     def probabilities(values):                       # 0 where a response is the same as an earlier one, but for what follows its end
-        with torch.no_grad(), interpret.learned_numbers(policy, values):
+        with torch.no_grad(), policy.holding(values):
             logprob_B = (samples.logprobs(slice(0, 216)) * samples.rollout.mask_BR).sum(1)
         return logprob_B.exp() * torch.tensor([not any(row[t] == 0 and row[t + 1] for t in range(2)) and not (row[0] == 0 and row[2])
                                                for row in response_BR.tolist()])
@@ -147,7 +147,7 @@ def test_change_of_the_mean_score_is_that_of_a_sum_over_all_responses():
 def test_gradient_is_the_slope_of_the_change():
     policy, evaluation = edited([1, 2], ["123", "45", "6", "7890"], 4, 2, torch.randn(64, generator=seeded(9), dtype=torch.float64))
     at, direction = numbers(policy, 0, 0.3), numbers(policy, 1, 1.0)
-    with interpret.learned_numbers(policy, at):
+    with policy.holding(at):
         samples = Samples(policy, evaluation, evaluation.samples(policy.model, policy.edits), 2, 1.0)
     step = {name: at[name] + 1e-6 * direction[name] for name in at}
     slope_P = interpret.by_prompt(samples.change(step)[0] / 1e-6, 2)

@@ -10,7 +10,7 @@ import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
 from ppo import (AdaptiveKL, Critic, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, SparseFeatures, Standardize, Trunk,
-                 collect_rollouts, episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, kl_rewards, make_policy,
+                 collect_rollouts, episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, keep_few, kl_rewards, make_policy,
                  next_logprobs, make_rollout, pick, ppo_loss, respond, score, select, train_ppo, update_policy, whiten)
 from pythia import UserError, pad_left
 from sae import SAE
@@ -18,7 +18,7 @@ from train import Run
 
 R, F32, F64, CPU = 5, torch.float32, torch.float64, torch.device("cpu")
 CFG = PPOConfig(iterations=4, episodes=32, samples_per_prompt=2, response_tokens=R, epochs=2, minibatches=2, micro_batch=8,
-                eval_every=3, eval_samples=4, temperature=0.8, checkpoint_seconds=0)
+                eval_samples=4, temperature=0.8, checkpoint_seconds=0)
 TEXTS = ["1", "2 + 3", "17 - 4 +", "0", "42 = 6 * 7"]
 one_layer_or_more = pytest.mark.parametrize("layers", [(1,), (0, 2, 3)], ids=str)
 every_policy = pytest.mark.parametrize("name", ["coef", "neurons", "steer", "full", "lora"])
@@ -105,6 +105,22 @@ def test_nothing_learned_leaves_every_bit(dtype, edit, layers):
     assert policy.n_changed() == 96 * len(layers) * (2 if edit == "scale+bias" else 1)
 
 
+@pytest.mark.parametrize("name", ["coef", "random", "neurons", "steer", "lora", "full"])
+def test_part_of_the_way(name):
+    model, (tokens_BT, mask_BT) = random_model(F64), padded()
+    policy = random_policy(name, model, edit="scale+bias" if name == "coef" else "scale")
+    now = {n: p.clone() for n, p in policy.state_dict().items()}
+    start = random_policy(name, model, edit="scale+bias" if name == "coef" else "scale", moved=False).state_dict()
+    half, moved = policy.part_way(0.5), [n for n in now if not n.endswith("A_DK")]                    # A of LoRA means nothing without B
+    assert moved and all(torch.allclose(half[n], (start[n] + now[n]) / 2) and not torch.equal(half[n], now[n]) for n in moved)
+    assert all(torch.equal(p, now[n]) for n, p in policy.part_way(1.0).items())
+    with policy.holding(policy.part_way(0.0)):
+        assert policy.n_changed() == 0
+        assert torch.equal(policy.model(tokens_BT, mask_BT, policy.edits), model(tokens_BT, mask_BT))
+    assert policy.n_changed() == sum(now[n].numel() for n in moved)
+    assert all(torch.equal(p, now[n]) for n, p in policy.state_dict().items())
+
+
 @pytest.mark.parametrize("edit", ["scale", "scale+bias"])
 def test_sparse_edit_equals_the_dense_formula(edit):
     model, (tokens_BT, _) = random_model(F64), padded()
@@ -175,36 +191,58 @@ def test_gradients_of_episodes_equal_autograds(layers):
     model, generator = random_model(F64), torch.Generator().manual_seed(0)
     policy = random_policy("coef", model, layers, "scale+bias", moved=False)
     rollout = collect_rollouts(policy, *prompts().draw(6, 1, generator), 0, CFG, generator)
-    weight_BR = torch.randn(6, R, generator=generator, dtype=F64) * rollout.mask_BR
-    found = episode_gradients(policy, rollout, weight_BR, CFG)
+    found = episode_gradients(policy, rollout, CFG)
     for b in range(6):
         batch = select(rollout, slice(b, b + 1))
         logp_BRV = next_logprobs(model, policy.hidden(batch.tokens_BT, batch.mask_BT, R, batch.trunk), CFG.temperature)
-        wanted = torch.autograd.grad((pick(logp_BRV, batch.tokens_BT[:, -R:]) * weight_BR[b]).sum(), list(policy.trainable().values()))
+        wanted = torch.autograd.grad((pick(logp_BRV, batch.tokens_BT[:, -R:]) * batch.mask_BR).sum(), list(policy.trainable().values()))
         for name, gradient in zip(policy.trainable(), wanted):
             assert gradient.abs().max() > 1e-4 or "coef" in name
             torch.testing.assert_close(found[name][b].double(), gradient, atol=1e-6, rtol=1e-5)
 
 
 def test_forward_selection_takes_what_adds_and_nothing_twice():
-    """Numbers 3 and 4 are noise but for a common signal, which 5 has by itself; 8 is a copy of 7, 9 is large and means nothing."""
+    """5 is wanted most, 8 is a copy of 7, 9 is large and means nothing; the steps are those of the linear system."""
     generator = torch.Generator().manual_seed(0)
-    scores_NK = torch.randn(4000, 12, generator=generator)
+    scores_NK = torch.randn(4000, 12, generator=generator, dtype=F64)
     scores_NK[:, 8] = scores_NK[:, 7]
     scores_NK[:, 9] *= 100
-    advantage_N = scores_NK[:, 5] + 0.6 * scores_NK[:, 7] + 0.3 * scores_NK[:, 2] + torch.randn(4000, generator=generator)
-    chosen = forward_selection(scores_NK, advantage_N[:, None] * scores_NK, 3, ridge=0.1).tolist()
+    wanted_N = scores_NK[:, 5] + 0.6 * scores_NK[:, 7] + 0.3 * scores_NK[:, 2] + torch.randn(4000, generator=generator)
+    wanted_K = scores_NK.T @ wanted_N / 4000
+    chosen, step_C = forward_selection(scores_NK, wanted_K, 3, ridge=0.0)
     assert chosen[0] == 5 and chosen[1] in (7, 8) and chosen[2] == 2
-    assert sorted(forward_selection(scores_NK, advantage_N[:, None] * scores_NK, 99).tolist()) == list(range(12))
+    torch.testing.assert_close(step_C, torch.linalg.lstsq(scores_NK[:, chosen], wanted_N).solution)
+    torch.testing.assert_close(step_C, torch.tensor([1.0, 0.6, 0.3], dtype=F64), atol=0.05, rtol=0)
+    assert sorted(forward_selection(scores_NK, wanted_K, 99)[0].tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize("layers", [[2], [1, 2]])
+def test_keep_few_keeps_what_moved(layers):
+    """Three numbers moved far and all others a little: the three are kept, with about their values, the others are put back exactly."""
+    policy, generator = random_policy("coef", random_model(), layers, "scale+bias", moved=False), torch.Generator().manual_seed(0)
+    numbers, start = policy.state_dict(), {name: p.clone() for name, p in policy.state_dict().items()}
+    planted = [(f"{layers[0]}.bias_F", 5, 0.5), (f"{layers[-1]}.bias_F", 40, -0.4), (f"{layers[-1]}.bias_F", 7, 0.6)]
+    for name, i, size in planted:
+        numbers[name][i] += size
+    for p in numbers.values():
+        p += 1e-4 * torch.randn(p.shape, generator=generator)
+    kept = keep_few(policy, prompts(), replace(CFG, keep=3, screen=8), generator)
+    assert {(name, i) for name, mask in kept.items() for i in mask.nonzero().flatten().tolist()} == {(name, i) for name, i, _ in planted}
+    for name, i, size in planted:
+        assert abs(numbers[name][i].item() - size) < 0.05
+        numbers[name][i] = start[name][i]
+    assert all(torch.equal(p, start[name]) for name, p in numbers.items())
 
 
 def test_keep_leaves_all_others_exactly_where_they_were(tmp_path):
-    policy = random_policy("coef", random_model(), (1, 2), "scale+bias", moved=False)
-    train_ppo(policy, prompts(), lambda tokens_BT, mask_BT: (tokens_BT % 2.0).mean(1), replace(CFG, keep=5, screen=2),
-              Run(tmp_path, {}, resume=False), torch.Generator().manual_seed(0))
-    assert 2 <= policy.n_changed() <= 5              # a feature that was chosen may be silent from then on
+    policy, run = random_policy("coef", random_model(), (1, 2), "scale+bias", moved=False), Run(tmp_path, {}, resume=False)
+    train_ppo(policy, prompts(), lambda tokens_BT, mask_BT: (tokens_BT % 2.0).mean(1), replace(CFG, keep=5, screen=2), run, torch.Generator().manual_seed(0))
+    changed = [row["n_changed"] for row in run.rows()]
+    assert 1 <= policy.n_changed() <= 5 and changed[3] <= 5 < changed[2]                 # one that was chosen may be silent from then on
     with pytest.raises(UserError, match="--rlhf-keep"):
         make_policy("steer", random_model(), [2], {}, replace(CFG, keep=5))
+    with pytest.raises(UserError, match="--rlhf-iterations"):
+        replace(CFG, keep=5, iterations=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rollouts
@@ -465,16 +503,21 @@ def test_recomputed_activations_give_the_same_gradients(name):
     assert len(gradients[0]) > 0 and all(map(torch.equal, *gradients))
 
 
-@pytest.mark.parametrize("name, edit, lr", [("coef", "scale+bias", 0.6), ("full", "scale", 3e-3), ("lora", "scale", 1e-2)])
+@pytest.mark.parametrize("name, edit, lr", [("coef", "scale+bias", 1.2), ("full", "scale", 3e-3), ("lora", "scale", 1e-2)])
 def test_training_learns_a_planted_reward(tmp_path, name, edit, lr):
     model, cfg = random_model(), replace(CFG, iterations=10, episodes=128, epochs=4, micro_batch=64, lr=lr, temperature=1.0)
     weights = [parameter.clone() for parameter in model.parameters()]
     policy = random_policy(name, model, (2, 3), edit, moved=False)
     evaluation, run = Evaluation(model, prompts(), sevens, cfg, seed=1), Run(tmp_path / "x", {}, resume=False)
-    train_ppo(policy, prompts(), sevens, cfg, run, torch.Generator().manual_seed(0), evaluation)
+    train_ppo(policy, prompts(), sevens, cfg, run, torch.Generator().manual_seed(0))
     figures, rows = evaluation(policy).figures, run.rows()
     assert figures["score_ref"] < 0.2 and figures["score_policy"] > 1.5 and figures["score_gain_std"] > 5 and figures["kl"] > 1
-    assert [row["step"] for row in rows] == list(range(10)) and [row["step"] for row in rows if "eval_kl" in row] == [2, 5, 8]
+    assert [row["step"] for row in rows] == list(range(10))
+    now = {name: p.clone() for name, p in policy.state_dict().items()}
+    shares, points = zip(*evaluation.frontier(policy))
+    assert shares == (0.25, 0.5, 0.75, 1.0) and points[-1].figures == figures
+    assert 0 < points[0].figures["kl"] < points[1].figures["kl"] < points[2].figures["kl"] < figures["kl"]
+    assert all(torch.equal(p, now[name]) for name, p in policy.state_dict().items())
     assert all(map(torch.equal, weights, model.parameters()))       # the reference is as it was
 
 
@@ -524,7 +567,7 @@ def test_nan_is_named_before_a_step(tmp_path, monkeypatch, poison, named):
 @pytest.mark.parametrize("field, value", [
     ("episodes", 510), ("episodes", 0), ("episodes", -4), ("samples_per_prompt", 0), ("minibatches", 0), ("minibatches", 3),
     ("iterations", 0), ("response_tokens", 0), ("epochs", 0), ("micro_batch", 0), ("temperature", 0.0), ("kl_horizon", 0.0),
-    ("kl_target", 0.0), ("eval_samples", 0), ("eval_every", 0), ("lora_rank", 0)])
+    ("kl_target", 0.0), ("eval_samples", 0), ("lora_rank", 0)])
 def test_config_refuses(field, value):
     assert "--rlhf-" in complaint(PPOConfig, **{field: value})
 

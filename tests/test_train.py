@@ -20,8 +20,8 @@ from pythia import Pythia, PythiaConfig, Tokenizer, load_state, read_json, read_
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--sae-text-tokens", "4000", "--sae-eval-tokens", "1024", "--sae-context", "32", "--sae-tokens", "12000", "--sae-batch-size", "256",
-         "--sae-num-features", "128", "--sae-resample-rows", "256", "--rlhf-iterations", "3", "--rlhf-episodes", "16", "--rlhf-eval-every",
-         "1", "--rlhf-eval-samples", "1", "--rlhf-response-tokens", "5", "--interpret-features", "8"]
+         "--sae-num-features", "128", "--sae-resample-rows", "256", "--rlhf-iterations", "3", "--rlhf-episodes", "16",
+         "--rlhf-eval-samples", "1", "--rlhf-response-tokens", "5", "--interpret-features", "8"]
 
 LM = ["--lm-num-layers", "1", "--lm-hidden-size", "32", "--lm-num-heads", "2", "--lm-context", "16", "--lm-tokens", "2560"]
 
@@ -49,7 +49,8 @@ def test_every_stage_writes_its_files(whole):
                "peak_memory_gib gold_gain_std".split()) <= set(rlhf)
     assert rlhf["trainable_parameters"] == 128 and 0 < rlhf["n_changed"] <= 128 and rlhf["kl"] > 0
     lines = [json.loads(line) for line in (whole / "rlhf-coef" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3] and "eval_score_gain_std" in lines[0]
+    assert [line.get("step") for line in lines] == [0, 1, 2, *[None] * 4] and [line["share"] for line in lines[3:]] == [0.25, 0.5, 0.75, 1.0]
+    assert lines[-1]["eval_kl"] == rlhf["kl"] > lines[-2]["eval_kl"]
     assert rlhf["seconds_per_iteration"] == np.median([line["seconds"] for line in lines[:3]])
 
 
@@ -261,7 +262,7 @@ pretends = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateu
                                      ["--stage", "rlhf", "--policy", "lora"]])
 def test_no_tensor_is_made_on_the_wrong_device(options, tmp_path):
     """The whole path on a pretended GPU; pretend_gpu.py changes PyTorch, so it has a process of its own."""
-    small = [*SHORT, "--sae-tokens", "3000", "--gold", "", "--rlhf-iterations", "1", "--rlhf-eval-size", "4",
+    small = [*SHORT, "--sae-tokens", "3000", "--gold", "", "--rlhf-iterations", "2", "--rlhf-eval-size", "4",
              "--rlhf-response-tokens", "4", "--interpret-features", "2", "--interpret-checks", "1", "--dtype", "float32"]
     done = subprocess.run([sys.executable, ROOT / "tests" / "pretend_gpu.py", *small, *options, "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
