@@ -13,7 +13,7 @@ import functools
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -200,7 +200,7 @@ def sparse(features_BTF: Tensor) -> SparseFeatures:
 # ----------------------------------------------------------------------------------------------------------------- policies
 
 class Trunk(NamedTuple):
-    """What of a rollout does not depend on the learned parameters, one row an episode."""
+    """What of a rollout does not depend on the learned parameters, one row an episode; T without the last token, which predicts nothing."""
     ref_hidden_BRD: Tensor               # the reference's final hidden states at the positions that predict the response
     resid_BTD: Tensor | None = None      # after the lowest edited layer, without its edit
     features: SparseFeatures | Tensor | None = None      # what that layer's edit needs to know: features, or the MLP's neurons
@@ -260,16 +260,17 @@ class EditPolicy(Policy):
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"{layer}.{name}": p for layer, edit in self.edits.items() for name, p in edit.named_parameters() if p.requires_grad}
 
-    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Trunk:
-        """-> what of these episodes no learned number can change: computed once a rollout, whatever is updated later."""
-        resid_BTD, mlp_BTD, neurons_BTM = self.model.trunk(tokens_BT, self.lowest, mask_BT)
-        ref_hidden_BRD = self.model.hidden_from(resid_BTD, self.lowest, mask_BT, last=R + 1)[:, :-1]
+    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, seen: Sequence[Tensor] = ()) -> Trunk:
+        """-> what of these episodes no learned number can change: computed once a rollout, whatever is updated later. The layers up to the
+        lowest edited one have been run already where the episodes were sampled: `seen` is what came of it."""
+        resid_BTD, mlp_BTD, neurons_BTM = seen or self.model.trunk(tokens_BT[:, :-1], self.lowest, mask_BT[:, :-1])
+        ref_hidden_BRD = self.model.hidden_from(resid_BTD, self.lowest, mask_BT[:, :-1], last=R)
         return Trunk(ref_hidden_BRD, resid_BTD, self.edits[self.lowest].encode(mlp_BTD, neurons_BTM))
 
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
         """-> the policy's final hidden states at the positions that predict the response, hidden_BRD."""
         edited_BTD = trunk.resid_BTD + self.edits[self.lowest].change(trunk.features).to(trunk.resid_BTD.dtype)
-        return self.model.hidden_from(edited_BTD, self.lowest, mask_BT, self.edits, last=R + 1)[:, :-1]
+        return self.model.hidden_from(edited_BTD, self.lowest, mask_BT[:, :-1], self.edits, last=R)
 
     def start(self, name: str) -> float:
         return 1.0 if ".coef_" in name else 0.0
@@ -300,11 +301,11 @@ class WeightPolicy(Policy):
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Trunk:
-        return Trunk(self.reference.hidden(tokens_BT, mask_BT, last=R + 1)[:, :-1])
+    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, seen: Sequence[Tensor] = ()) -> Trunk:
+        return Trunk(self.reference.hidden(tokens_BT[:, :-1], mask_BT[:, :-1], last=R))
 
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
-        return self.model.hidden(tokens_BT, mask_BT, last=R + 1)[:, :-1]
+        return self.model.hidden(tokens_BT[:, :-1], mask_BT[:, :-1], last=R)
 
     def start(self, name: str) -> Tensor:
         return self.reference.get_parameter(name)
@@ -380,7 +381,7 @@ def keep_few(policy: EditPolicy, prompts: "Prompts", cfg: PPOConfig, generator: 
     with policy.holding(start):
         for _ in tqdm(range(cfg.screen), desc="screen"):
             drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
-            rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
+            rollout = join(rollouts(policy, *drawn, prompts.end_of_text, cfg, generator))
             parts += [episode_gradients(policy, select(rollout, rows), cfg) for rows in slices(cfg.episodes, cfg.micro_batch)]
     logps = {name: torch.cat([part[name] for part in parts]) for name in numbers}              # (N episodes, numbers)
     wanted_N = sum(logps[name] @ step for name, step in moved.items())
@@ -406,8 +407,8 @@ def episode_gradients(policy: EditPolicy, batch: "Rollout", cfg: PPOConfig) -> d
 
     edits = {layer: functools.partial(watch, layer) for layer in policy.edits}
     with torch.enable_grad():
-        hidden_BTD = policy.model.hidden_from(batch.trunk.resid_BTD + probes[policy.lowest], policy.lowest, batch.mask_BT, edits)
-        logp_BRV = next_logprobs(policy.model, hidden_BTD[:, -cfg.response_tokens - 1:-1], cfg.temperature)
+        hidden_BTD = policy.model.hidden_from(batch.trunk.resid_BTD + probes[policy.lowest], policy.lowest, batch.mask_BT[:, :-1], edits)
+        logp_BRV = next_logprobs(policy.model, hidden_BTD[:, -cfg.response_tokens:], cfg.temperature)
         logprobs_BR = pick(logp_BRV, batch.tokens_BT[:, -cfg.response_tokens:])
         gradients = torch.autograd.grad((logprobs_BR * batch.mask_BR).sum(), list(probes.values()))
     return {f"{layer}.{name}": value_BF for layer, gradient_BTD in zip(probes, gradients)
@@ -485,7 +486,7 @@ def select(value: Any, rows: Tensor | slice) -> Any:
 
 def join(parts: Iterable) -> Any:
     """The reverse of `select`: one value of many parts, in order. Sparse features are padded to the widest part."""
-    first = parts[0]
+    first, *_ = parts = list(parts)
     if isinstance(first, SparseFeatures):
         A = max(part.ids_BTA.shape[-1] for part in parts)
         return SparseFeatures(*(torch.cat([F.pad(t, (0, A - t.shape[-1])) for t in tensors]) for tensors in zip(*parts)))
@@ -495,11 +496,15 @@ def join(parts: Iterable) -> Any:
 
 
 @torch.no_grad()
-def collect_rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
-                     generator: torch.Generator) -> Rollout:
+def rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
+             generator: torch.Generator) -> Iterator[Rollout]:
     """Sample one response a row of the prompts, and compute all that an iteration needs of them, in micro-batches."""
-    tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT, prompt_mask_BT, end_of_text, cfg, generator)
-    return join([make_rollout(policy, tokens_BT[rows], mask_BT[rows], cfg) for rows in slices(len(tokens_BT), cfg.micro_batch)])
+    for rows in slices(len(prompt_BT), cfg.generate_batch):
+        seen = []
+        tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg, generator, seen)
+        seen = [torch.cat(steps, dim=1) for steps in zip(*seen)]
+        for micro in slices(len(tokens_BT), cfg.micro_batch):
+            yield make_rollout(policy, tokens_BT[micro], mask_BT[micro], cfg, [seen_BT[micro] for seen_BT in seen])
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -508,10 +513,11 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 
 def respond(model: Pythia, edits: dict, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
-            generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out."""
+            generator: torch.Generator, seen: list | None = None) -> tuple[Tensor, Tensor]:
+    """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out. For `seen`, of one
+    `generate_batch`, see Pythia.generate."""
     R = cfg.response_tokens
-    tokens_BT = torch.cat([model.generate(prompt_BT[rows], R, prompt_mask_BT[rows], cfg.temperature, edits, generator)
+    tokens_BT = torch.cat([model.generate(prompt_BT[rows], R, prompt_mask_BT[rows], cfg.temperature, edits, generator, seen)
                            for rows in slices(len(prompt_BT), cfg.generate_batch)])
     ended_BR = (tokens_BT[:, -R:] == end_of_text).long()
     mask_BR = (ended_BR.cumsum(1) - ended_BR == 0).long()
@@ -519,11 +525,12 @@ def respond(model: Pythia, edits: dict, prompt_BT: Tensor, prompt_mask_BT: Tenso
 
 
 @torch.no_grad()
-def make_rollout(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig) -> Rollout:
-    """Compute logprobs (through the training path, so that the first ratio is exactly 1), KL and entropy of responses."""
+def make_rollout(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig, seen: Sequence[Tensor] = ()) -> Rollout:
+    """Compute logprobs (through the training path, so that the first ratio is exactly 1), KL and entropy of responses. For `seen`, see
+    EditPolicy.observe."""
     R = cfg.response_tokens
     mask_BR, response_BR = mask_BT[:, -R:], tokens_BT[:, -R:]
-    trunk = policy.observe(tokens_BT, mask_BT, R)
+    trunk = policy.observe(tokens_BT, mask_BT, R, seen)
     logp_BRV = next_logprobs(policy.model, policy.hidden(tokens_BT, mask_BT, R, trunk), cfg.temperature)
     ref_logp_BRV = next_logprobs(policy.reference, trunk.ref_hidden_BRD, cfg.temperature)
     logprobs_BR, ref_logprobs_BR, p_BRV = pick(logp_BRV, response_BR), pick(ref_logp_BRV, response_BR), logp_BRV.exp()
@@ -674,7 +681,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
                 group["peak"] = peak
                 optimizer.state.pop(*params)         # Adam would go on moving what is to stay
         drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
-        rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
+        rollout = join(rollouts(policy, *drawn, prompts.end_of_text, cfg, generator))
         rollout = score(rollout, score_fn, standardize, critic, cfg)
         check_finite(where := f"rlhf, step {iteration}", activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
                      value=rollout.values_BR, kl=rollout.kl_BR)
@@ -813,26 +820,27 @@ class Evaluation:
 
     def samples(self, model: Pythia, edits: dict) -> Evaluated:
         """Sample and score, the same uniforms in every call."""
-        generator = torch.Generator().manual_seed(self.seed)
-        tokens_BT, mask_BT = (t.repeat_interleave(self.cfg.eval_samples, 0) for t in (self.prompts.tokens_BT, self.prompts.mask_BT))
-        tokens_BT, mask_BT = respond(model, edits, tokens_BT, mask_BT, self.prompts.end_of_text, self.cfg, generator)
+        return self.scored(*respond(model, edits, *self.prompts_and_random_numbers()))
+
+    def prompts_and_random_numbers(self) -> tuple:
+        """-> what `respond` and `rollouts` take behind the policy: each held-out prompt `eval_samples` times, the same seed in every call."""
+        each_BT = (t.repeat_interleave(self.cfg.eval_samples, 0) for t in (self.prompts.tokens_BT, self.prompts.mask_BT))
+        return *each_BT, self.prompts.end_of_text, self.cfg, torch.Generator().manual_seed(self.seed)
+
+    def scored(self, tokens_BT: Tensor, mask_BT: Tensor) -> Evaluated:
         return Evaluated({}, tokens_BT, mask_BT, score_in_batches(self.score_fn, tokens_BT, mask_BT, self.cfg.micro_batch))
 
     def __call__(self, policy: Policy) -> Evaluated:
         """-> figures, samples and scores of the policy."""
-        sampled = self.samples(policy.model, policy.edits)
-        parts = [make_rollout(policy, sampled.tokens_BT[rows], sampled.mask_BT[rows], self.cfg)
-                 for rows in slices(len(sampled.tokens_BT), self.cfg.micro_batch)]
-        kl_B = torch.cat([part.kl_BR.sum(1) for part in parts])
-        entropy_BR, mask_BR, ref_logprobs_BR = (torch.cat([getattr(part, name) for part in parts])
-                                                for name in ("entropy_BR", "mask_BR", "ref_logprobs_BR"))
+        rollout = join(part._replace(trunk=None) for part in rollouts(policy, *self.prompts_and_random_numbers()))
+        sampled, mask_BR, kl_B = self.scored(rollout.tokens_BT, rollout.mask_BT), rollout.mask_BR, rollout.kl_BR.sum(1)
         gain_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std().clamp(min=1e-6)
         return sampled._replace(figures={
             "score_ref": self.reference.scores_B.mean().item(), "score_ref_std": std.item(), "score_policy": sampled.scores_B.mean().item(),
             **self.mean_and_error("score_gain_std", gain_B / std), **self.mean_and_error("reward_loss", -F.logsigmoid(gain_B)),
-            **self.mean_and_error("kl", kl_B), "entropy": masked_mean(entropy_BR, mask_BR).item(),
+            **self.mean_and_error("kl", kl_B), "entropy": masked_mean(rollout.entropy_BR, mask_BR).item(),
             "distinct_2": distinct_2(sampled, mask_BR.shape[1]), "ref_distinct_2": distinct_2(self.reference, mask_BR.shape[1]),
-            "ref_perplexity": masked_mean(ref_logprobs_BR, mask_BR).neg().exp().item()},
+            "ref_perplexity": masked_mean(rollout.ref_logprobs_BR, mask_BR).neg().exp().item()},
             prompt_means={name: by_prompt(x_B, self.cfg.eval_samples).tolist() for name, x_B in (("gains", gain_B / std), ("kls", kl_B))})
 
     def frontier(self, policy: Policy) -> Iterator[tuple[float, Evaluated]]:

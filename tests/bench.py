@@ -228,12 +228,14 @@ class PPOBench:
 
     @torch.no_grad()
     def generate(self) -> None:
+        seen = []
         self.tokens_BT, self.mask_BT = ppo.respond(self.policy.model, self.policy.edits, self.prompt_BT, torch.ones_like(self.prompt_BT), 0,
-                                                   self.cfg, self.generator)
+                                                   self.cfg, self.generator, seen)
+        self.seen = [torch.cat(steps, dim=1) for steps in zip(*seen)]
 
     def reference(self) -> None:
-        """Trunk, features, logprobs of policy and reference, KL."""
-        self.rollout = ppo.join([ppo.make_rollout(self.policy, self.tokens_BT[rows], self.mask_BT[rows], self.cfg)
+        """Features, logprobs of policy and reference, KL."""
+        self.rollout = ppo.join([ppo.make_rollout(self.policy, self.tokens_BT[rows], self.mask_BT[rows], self.cfg, [x_BT[rows] for x_BT in self.seen])
                                  for rows in ppo.slices(self.cfg.episodes, self.cfg.micro_batch)])
 
     def score(self) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
 from ppo import (AdaptiveKL, Critic, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, SparseFeatures, Standardize, Trunk,
-                 collect_rollouts, episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, keep_few, kl_rewards, make_policy,
-                 next_logprobs, make_rollout, pick, ppo_loss, respond, score, select, train_ppo, update_policy, whiten)
+                 episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, keep_few, kl_rewards, make_policy,
+                 next_logprobs, make_rollout, pick, ppo_loss, respond, rollouts, score, select, train_ppo, update_policy, whiten)
 from pythia import UserError, pad_left
 from sae import SAE
 from train import Run
@@ -161,8 +161,8 @@ def test_cached_trunk_equals_the_whole_model_bit_for_bit(parallel, layers):
     model, (tokens_BT, mask_BT) = random_model(F64, parallel_residual=parallel), padded()
     policy = random_policy("coef", model, layers, "scale+bias")
     trunk = policy.observe(tokens_BT, mask_BT, R)
-    assert torch.equal(trunk.ref_hidden_BRD, model.hidden(tokens_BT, mask_BT, last=R + 1)[:, :-1])
-    hidden = [policy.hidden(tokens_BT, mask_BT, R, trunk), model.hidden(tokens_BT, mask_BT, policy.edits, last=R + 1)[:, :-1]]
+    assert torch.equal(trunk.ref_hidden_BRD, model.hidden(tokens_BT[:, :-1], mask_BT[:, :-1], last=R))
+    hidden = [policy.hidden(tokens_BT, mask_BT, R, trunk), model.hidden(tokens_BT[:, :-1], mask_BT[:, :-1], policy.edits, last=R)]
     assert torch.equal(*hidden)
     gradients = [torch.autograd.grad(h.square().sum(), list(policy.trainable().values())) for h in hidden]
     assert all(map(torch.equal, *gradients)) and all(gradient.abs().max() > 0 for gradient in gradients[0])
@@ -190,7 +190,7 @@ def test_gradients_of_episodes_equal_autograds(layers):
     """Each episode's gradient by each number, from one backward pass, against a backward pass for each episode."""
     model, generator = random_model(F64), torch.Generator().manual_seed(0)
     policy = random_policy("coef", model, layers, "scale+bias", moved=False)
-    rollout = collect_rollouts(policy, *prompts().draw(6, 1, generator), 0, CFG, generator)
+    rollout = join(rollouts(policy, *prompts().draw(6, 1, generator), 0, CFG, generator))
     found = episode_gradients(policy, rollout, CFG)
     for b in range(6):
         batch = select(rollout, slice(b, b + 1))
@@ -251,7 +251,7 @@ def test_keep_leaves_all_others_exactly_where_they_were(tmp_path):
 def test_first_ratio_is_exactly_one(name):
     model, generator = random_model(), torch.Generator().manual_seed(0)
     policy, critic = random_policy(name, model, (1, 3)), Critic(32, R, model.device)
-    rollout = collect_rollouts(policy, *prompts().draw(32, 1, generator), 0, CFG, generator)
+    rollout = join(rollouts(policy, *prompts().draw(32, 1, generator), 0, CFG, generator))
     rollout = score(rollout, sevens, Standardize(0.0, 1.0), critic, CFG)
     assert (rollout.logprobs_BR != rollout.ref_logprobs_BR).all() and rollout.mean_kl > 0
     for start in range(0, 32, CFG.micro_batch):
@@ -261,6 +261,21 @@ def test_first_ratio_is_exactly_one(name):
         assert logprobs_BR.requires_grad and torch.equal(logprobs_BR, batch.logprobs_BR)
         losses = ppo_loss(logprobs_BR, batch.values_BR, batch, torch.ones(CFG.micro_batch, R), batch.values_BR, CFG)
         assert losses.ratio == 1 and losses.approx_kl == losses.clipfrac == 0
+
+
+@every_policy
+def test_what_sampling_has_seen_is_not_computed_again(name, monkeypatch):
+    """Prompts of different lengths, sampled in two parts: the same rollout as from the tokens alone, without a pass through the trunk."""
+    policy, cfg = random_policy(name, random_model(F64), (1, 3)), replace(CFG, generate_batch=10, micro_batch=4)
+    drawn = prompts().draw(20, 1, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(policy.model, "trunk", None)
+    rollout = join(rollouts(policy, *drawn, 0, cfg, torch.Generator().manual_seed(0)))
+    monkeypatch.undo()
+    assert rollout.mask_BT[:, 0].min() == 0 and rollout.mask_BR.min() == 0
+    anew = join([make_rollout(policy, rollout.tokens_BT[rows], rollout.mask_BT[rows], cfg) for rows in torch.arange(20).split(4)])
+    for what in ("logprobs_BR", "ref_logprobs_BR", "kl_BR", "entropy_BR"):
+        seen_BR, anew_BR = (getattr(each, what) * rollout.mask_BR for each in (rollout, anew))
+        torch.testing.assert_close(seen_BR, anew_BR, atol=1e-12, rtol=1e-9)
 
 
 @every_policy
@@ -322,7 +337,7 @@ def test_select_and_join_are_inverse(name):
 @pytest.mark.parametrize("score_fn", [sevens, Sevens()], ids=["scores only", "prefixes too"])
 def test_score_fills_in_what_the_rollout_lacks(score_fn):
     model, generator = random_model(), torch.Generator().manual_seed(0)
-    rollout = collect_rollouts(random_policy("coef", model), *prompts().draw(20, 1, generator), 0, CFG, generator)
+    rollout = join(rollouts(random_policy("coef", model), *prompts().draw(20, 1, generator), 0, CFG, generator))
     critic = Critic(32, R, CPU)
     for parameter in critic.parameters():
         parameter.data += torch.randn(parameter.shape, generator=generator)
@@ -446,7 +461,7 @@ def test_micro_batches_only_save_memory():
     model, generator = random_model(F64), torch.Generator().manual_seed(0)
     policy, critic = random_policy("coef", model), Critic(32, R, model.device).double()
     advantages_BR = torch.randn(32, R, generator=generator, dtype=F64)
-    rollout = collect_rollouts(policy, *prompts().draw(32, 1, generator), 0, CFG, generator)
+    rollout = join(rollouts(policy, *prompts().draw(32, 1, generator), 0, CFG, generator))
     rollout = score(rollout, Sevens(), Standardize(0.5, 2.0), critic, CFG)
     rollout = rollout._replace(mask_BR=(torch.arange(R) <= torch.arange(32)[:, None] % R).long())
     gradients = []

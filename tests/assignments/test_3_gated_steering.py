@@ -114,7 +114,7 @@ def test_ppo_sees_the_same_policy_cached_and_whole():
     cfg = ppo.PPOConfig(episodes=4, samples_per_prompt=1, response_tokens=R, micro_batch=2)
     for layers in ((LAYER,), (0, 2)):
         policy = steered(model, sae, feature, layers)
-        rollout = ppo.collect_rollouts(policy, *padded(), 0, cfg, torch.Generator().manual_seed(0))
+        rollout = ppo.join(ppo.rollouts(policy, *padded(), 0, cfg, torch.Generator().manual_seed(0)))
         logits_BRV = model(rollout.tokens_BT, rollout.mask_BT, formula(policy, sae, feature))[:, -R - 1:-1]
         want_BR = logits_BRV.log_softmax(-1).gather(-1, rollout.tokens_BT[:, -R:, None]).squeeze(-1).detach()
         np.testing.assert_allclose(rollout.logprobs_BR * rollout.mask_BR, want_BR * rollout.mask_BR, atol=1e-8,

@@ -102,6 +102,7 @@ def test_an_sae_and_its_coefficients_follow():
     policy = EditPolicy(model, {1: FeatureScale(sae)})
     np.testing.assert_allclose(figures["l1"], resid_BTD[:, 1:].abs().sum(-1).mean(), rtol=1e-5, err_msg="Σ f ‖d‖: evaluate_sae read another place")
     policy.edits[1].coef_F.data[:] = 0.5                             # all features halved: so is the stream
-    hidden_BRD = policy.hidden(tokens_BT, None, 5, policy.observe(tokens_BT, None, 5))
+    ones_BT = torch.ones_like(tokens_BT)
+    hidden_BRD = policy.hidden(tokens_BT, ones_BT, 5, policy.observe(tokens_BT, ones_BT, 5))
     want_BTD = random_model(F64).hidden_from(0.5 * stream_by_hand(model, tokens_BT, 1), 1)
     np.testing.assert_allclose(hidden_BRD.detach(), want_BTD[:, -6:-1], atol=1e-6, err_msg="all coefficients ½ must halve the stream")
