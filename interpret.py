@@ -382,7 +382,7 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     is measured on the policy's.
     """
     unit, learned = evaluation.reference.scores_B.std().clamp(min=1e-6), {name: p.clone() for name, p in policy.state_dict().items()}
-    start = {name: torch.full_like(p, policy.start(name)) for name, p in learned.items()}
+    start = policy.part_way(0.0)
     sampled = evaluation.samples(policy.model, policy.edits)
     before = Samples(policy, evaluation, evaluation.reference, -(-cfg.effect_samples // 2), unit, sampled_by_reference=True)
     after = Samples(policy, evaluation, sampled, cfg.effect_samples, unit)
@@ -466,7 +466,7 @@ def plot_curves(path: Path, rows: list[dict], keys: tuple[str, ...], x_label: st
 
 
 def plot_coefficients(path: Path, coefs: dict[int, Tensor]) -> None:
-    """All coefficients in order, a line a layer."""
+    """All coefficients in order of their values, a line a layer."""
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for layer, coef_F in coefs.items():
         axis.plot(coef_F.float().cpu().sort().values.numpy(), label=f"layer {layer}")

@@ -13,7 +13,7 @@ import functools
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,7 +54,7 @@ class PPOConfig:
     recompute: bool = False              # recompute activations in the backward pass: less memory, a third more time
     lora_rank: int = 8                   # of --policy lora
     lora_targets: tuple[str, ...] = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")      # layers that get an adapter
-    lr: float = 0.0                      # Adam, falls linearly to 0; 0: 0.6 for coefficients, 0.04 for steer, 1e-3 for adapters, 5e-5 for weights
+    lr: float = 0.0                      # Adam, falls linearly; 0 means the policy's own: 0.6 for coefficients, 0.04 for steer, 1e-3 for adapters, 5e-5 for weights
     critic_lr: float = 3e-3              # of the value head
     adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
     gamma: float = 1.0                   # discount
@@ -85,8 +85,13 @@ class PPOConfig:
 
 # ----------------------------------------------------------------------------------------------------------------- the edit
 
+# An edit is a module with three methods; its parameters are what RLHF learns.
+#     forward(mlp_BTD, neurons_BTM) -> change_BTD, which Pythia adds to the residual stream behind its layer; 0 at the start
+#     encode(mlp_BTD, neurons_BTM) -> what the change needs to know of the tokens and does not depend on what is learned: computed once a rollout
+#     change(what encode gave) -> change_BTD, the same as forward's, through which PPO's gradient reaches the parameters
+
 class SparseFeatures(NamedTuple):
-    """Features of tokens, active ones only: ids_BTA and values_BTA, padded with value 0 (and id 0)."""
+    """Features of tokens, active ones only: ids_BTA and values_BTA, padded with value 0 (and id 0), so that `select` can take episodes."""
     ids_BTA: Tensor
     values_BTA: Tensor
 
@@ -107,7 +112,7 @@ class FeatureScale(nn.Module):
         self.vector_D = nn.Parameter(torch.zeros_like(sae.b_dec_D)) if vector else None
 
     def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
-        """-> change_BTD, which Pythia adds to the residual stream."""
+        """-> change_BTD. As change(encode(…)), but in sampling, step by step, padding would cost more than all else."""
         features_NF = self.features(mlp_BTD).flatten(0, 1)
         row_X, id_X = features_NF.nonzero(as_tuple=True)                                       # X: all active features of all tokens
         count_N = torch.bincount(row_X, minlength=len(features_NF))
@@ -115,10 +120,10 @@ class FeatureScale(nn.Module):
 
     def features(self, mlp_BTD: Tensor) -> Tensor:
         """-> features_BTF, which do not depend on what is learned here."""
-        return self.sae.encode(mlp_BTD.to(self.sae.W_dec_FD.dtype).contiguous())               # else, in sampling, B small products
+        return self.sae.encode(mlp_BTD.to(self.sae.W_dec_FD.dtype).contiguous())               # a slice of T would become B small products
 
     def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> SparseFeatures:
-        """-> the same, active ones only: PPO computes them once a rollout."""
+        """-> the same, active ones only."""
         return sparse(self.features(mlp_BTD))
 
     def change(self, features: SparseFeatures) -> Tensor:
@@ -130,14 +135,14 @@ class FeatureScale(nn.Module):
         return self.add_up(id_X, value_X, active_NA.sum(1)).view(B, T, -1)
 
     def add_up(self, id_X: Tensor, value_X: Tensor, count_N: Tensor) -> Tensor:
-        """((c − 1) ⊙ f) W_dec (+ b W_dec) -> change_ND, from active features, token by token, each token's number of them in count_N. Some 30
+        """((c − 1) ⊙ f + b) W_dec + v -> change_ND, from active features, token by token, each token's number of them in count_N. Some 30
         of thousands are active at a token; only theirs are added up."""
         scale_X = (self.coef_F - 1).index_select(0, id_X) * value_X
         start_N = count_N.cumsum(0) - count_N                                                  # where each token's begin
         change_ND = F.embedding_bag(id_X, self.sae.W_dec_FD, start_N, per_sample_weights=scale_X, mode="sum")
-        for push_D in () if self.bias_F is None else (self.bias_F @ self.sae.W_dec_FD, self.vector_D):
-            change_ND = change_ND if push_D is None else change_ND + push_D
-        return change_ND
+        if self.bias_F is not None:
+            change_ND = change_ND + self.bias_F @ self.sae.W_dec_FD
+        return change_ND if self.vector_D is None else change_ND + self.vector_D
 
     def gradients(self, features: SparseFeatures, gradient_BTD: Tensor) -> dict[str, Tensor]:
         """A gradient by the change -> that by coef_F, bias_F and vector_D, episode by episode, (B, …): for `keep_few` alone."""
@@ -207,8 +212,15 @@ class Trunk(NamedTuple):
 
 
 class Policy:
-    """What RLHF trains: `model` samples, `reference` is what it must stay near. `trainable` names the learned numbers, `start` tells what
-    each was before anything was learned."""
+    """What RLHF trains. Each kind of policy has
+
+        model, edits                the Pythia that samples, and its edits (None without)
+        reference                   the Pythia that it must stay near
+        default_lr                  Adam's step, unless --rlhf-lr says another
+        trainable() -> {name: p}    the learned numbers; start(name): what they were before anything was learned
+        observe(tokens_BT, mask_BT, R, seen) -> Trunk            what of a rollout does not depend on them
+        hidden(tokens_BT, mask_BT, R, trunk) -> hidden_BRD       the policy's final hidden states at the positions that predict the response
+    """
 
     def state_dict(self) -> dict[str, Tensor]:
         """-> the learned numbers by name, as views; `load_state_dict` copies such into them."""
@@ -231,8 +243,7 @@ class Policy:
 
     def part_way(self, share: float) -> dict[str, Tensor]:
         """-> the learned numbers moved by only a share of the way that they have gone: start + share · (now − start), exactly `now` for 1."""
-        return {name: torch.lerp(torch.as_tensor(self.start(name), dtype=p.dtype, device=p.device).expand_as(p), p, share)
-                for name, p in self.state_dict().items()}
+        return {name: torch.lerp(self.start(name), p, share) for name, p in self.state_dict().items()}
 
     def n_changed(self) -> int:
         """-> how many of the learned numbers are not exactly what they were."""
@@ -256,6 +267,7 @@ class EditPolicy(Policy):
         self.default_lr = default_lr
         self.edits = edits
         self.lowest = min(edits)
+        self.start = {name: p.detach().clone() for name, p in self.trainable().items()}.get
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"{layer}.{name}": p for layer, edit in self.edits.items() for name, p in edit.named_parameters() if p.requires_grad}
@@ -268,28 +280,24 @@ class EditPolicy(Policy):
         return Trunk(ref_hidden_BRD, resid_BTD, self.edits[self.lowest].encode(mlp_BTD, neurons_BTM))
 
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
-        """-> the policy's final hidden states at the positions that predict the response, hidden_BRD."""
         edited_BTD = trunk.resid_BTD + self.edits[self.lowest].change(trunk.features).to(trunk.resid_BTD.dtype)
         return self.model.hidden_from(edited_BTD, self.lowest, mask_BT[:, :-1], self.edits, last=R)
 
-    def start(self, name: str) -> float:
-        return 1.0 if ".coef_" in name else 0.0
-
     def learning_rates(self, lr: float, learns: dict[str, Tensor]) -> list[tuple[list[nn.Parameter], float]]:
-        """Biases, and the numbers of a vector, share the step: so that all together push every token about by lr. Of n biases that is √n
-        times one's step where they disagree, and n √(2/πD) times along what they agree on. Coefficients beside them take a quarter of it:
-        at lr, the noise of thousands of them costs as much KL as all biases."""
+        """lr is how far one step may push a token. A bias or a vector acts on every token, together with all others: of n biases, whose random
+        unit vectors Adam's ±1 adds up to a length of √(n + 2n²/πD), each takes so much less, of a vector's D numbers √D. Coefficients beside
+        them take a quarter: at lr, the noise of thousands of them would cost as much KL as all biases."""
         lr, D, found = lr or self.default_lr, self.model.cfg.hidden_size, []
         biased = any(".bias_" in name for name in self.trainable())
         for name, p in self.trainable().items():
             n = max(1, int(learns[name].sum()) if name in learns else p.numel())
-            shares = {"bias_F": math.sqrt(n + 2 / math.pi * n ** 2 / D), "vector_D": math.sqrt(D), "coef_F": 4.0} if biased else {}
-            found.append(([p], lr / shares.get(name.split(".")[1], 1.0)))
+            divisors = {"bias_F": math.sqrt(n + 2 / math.pi * n ** 2 / D), "vector_D": math.sqrt(D), "coef_F": 4.0} if biased else {}
+            found.append(([p], lr / divisors.get(name.split(".")[1], 1.0)))
         return found
 
 
 class WeightPolicy(Policy):
-    """Every weight of the model is trainable; the reference is a frozen copy. Nothing can be cached but the reference."""
+    """Every weight of a copy of the model is trainable; the reference is the model. Nothing can be cached but the reference."""
 
     default_lr = 5e-5
 
@@ -342,9 +350,10 @@ class LoRAPolicy(WeightPolicy):
         if unknown := set(targets) - set(found):
             raise UserError(f"--rlhf-lora-targets {','.join(sorted(unknown))}: choose from query_key_value, dense, dense_h_to_4h, dense_4h_to_h")
 
-    def start(self, name: str) -> float | Tensor:
+    def start(self, name: str) -> Tensor:
         """0 for B; A, which changes nothing without B, counts as never moved."""
-        return 0.0 if name.endswith("B_KD") else self.trainable()[name].detach()
+        now = self.trainable()[name].detach()
+        return torch.zeros_like(now) if name.endswith("B_KD") else now
 
 
 def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: PPOConfig, edit: str = "scale", seed: int = 0) -> Policy:
@@ -355,6 +364,8 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
         raise UserError(f"--edit {edit}: choose from {', '.join(EDITS)}")
     if cfg.keep and name not in NEED_SAE:
         raise UserError(f"--rlhf-keep chooses among coefficients of features: --policy {', '.join(NEED_SAE)}, not {name}")
+    if edit != "scale" and name not in NEED_SAE:
+        raise UserError(f"--edit {edit} is for coefficients of features: --policy {', '.join(NEED_SAE)}, not {name}")
     bias = edit == "scale+bias"
     if name == "full":
         if model.dtype.itemsize < 4:
@@ -370,25 +381,25 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
 
 
 def keep_few(policy: EditPolicy, prompts: "Prompts", cfg: PPOConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Tell what a policy has learned by `cfg.keep` of its coefficients and biases, those that together come nearest to it, and put all others,
-    and vectors, back to their start exactly -> by parameter, 1 for the numbers that are kept.
+    """Express what a policy has learned with `cfg.keep` of its coefficients and biases alone, those that together come nearest to it, and put
+    all others, and vectors, back to their start exactly -> by parameter, 1 for the numbers that are kept.
 
     Nearest in KL: near the reference, policies moved by δ and by δ' are ½ mean (s·δ − s·δ')² nats apart, with s an episode's gradient of
-    log π; here from `cfg.screen` rollouts of the reference.
+    log π; here from `cfg.screen` rollouts of the reference. N: their episodes, K: all coefficients and biases.
     """
     numbers, start, parts = policy.state_dict(), policy.part_way(0.0), []
     moved = {name: p - start[name] for name, p in numbers.items()}
     with policy.holding(start):
         for _ in tqdm(range(cfg.screen), desc="screen"):
             drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
-            rollout = join(rollouts(policy, *drawn, prompts.end_of_text, cfg, generator))
+            rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
             parts += [episode_gradients(policy, select(rollout, rows), cfg) for rows in slices(cfg.episodes, cfg.micro_batch)]
-    logps = {name: torch.cat([part[name] for part in parts]) for name in numbers}              # (N episodes, numbers)
-    wanted_N = sum(logps[name] @ step for name, step in moved.items())
+    grads = {name: torch.cat([part[name] for part in parts]) for name in numbers}
+    learned_N = sum(grads[name] @ step for name, step in moved.items())                        # s·δ of all that was learned
     few = [name for name in numbers if ".vector_" not in name]
-    logps_NK = torch.cat([logps[name] for name in few], 1)
-    chosen, step_C = forward_selection(logps_NK, logps_NK.T @ wanted_N / len(wanted_N), cfg.keep)
-    sizes, zeros_K = [numbers[name].numel() for name in few], torch.zeros_like(logps_NK[0])
+    grad_NK = torch.cat([grads[name] for name in few], 1)
+    chosen, step_C = forward_selection(grad_NK, grad_NK.T @ learned_N / len(learned_N), cfg.keep)
+    sizes, zeros_K = [numbers[name].numel() for name in few], torch.zeros_like(grad_NK[0])
     steps = dict(zip(few, zeros_K.index_copy(0, chosen, step_C).split(sizes)))
     kept = dict(zip(few, zeros_K.index_fill(0, chosen, 1.0).split(sizes)))
     policy.load_state_dict({name: p + steps.get(name, 0.0) for name, p in start.items()})
@@ -415,29 +426,29 @@ def episode_gradients(policy: EditPolicy, batch: "Rollout", cfg: PPOConfig) -> d
             for name, value_BF in policy.edits[layer].gradients(features[layer], gradient_BTD).items()}
 
 
-def forward_selection(logps_NK: Tensor, wanted_K: Tensor, number: int, ridge: float = 0.03) -> tuple[Tensor, Tensor]:
-    """Of K numbers, take the few by whose steps δ Fδ comes nearest to `wanted` -> their indices in the order of choice, and δ of each.
+def forward_selection(grad_NK: Tensor, target_K: Tensor, number: int, ridge: float = 0.03) -> tuple[Tensor, Tensor]:
+    """Solve F δ = target with only `number` of the K entries of δ other than 0 -> their indices in the order of choice, and their values.
 
-    F is the Fisher information, the mean of s sᵀ over N episodes' gradients s of log π (`logps_NK`); ½ δᵀFδ is the KL of a small step. With
-    wanted = Fδ*, δ is the nearest in KL to a step δ*; with the policy gradient g, it is the natural gradient F⁻¹g (Kakade 2001). The
+    F is the Fisher information, the mean of s sᵀ over N episodes' gradients s of log π (`grad_NK`); ½ δᵀFδ is the KL of a small step. With
+    target = Fδ*, δ is the nearest in KL to a step δ*; with the policy gradient g, it is the natural gradient F⁻¹g (Kakade 2001). The
     numbers are chosen one by one, each time the one that is most missed: orthogonal matching pursuit (Pati et al. 1993), in units in which
     F has diagonal 1, with a ridge against noise. Features that say the same are not chosen twice.
     """
-    N, size_K = len(logps_NK), logps_NK.square().mean(0).sqrt().clamp(min=1e-8)
-    logps_NK, wanted_K = logps_NK / size_K, wanted_K / size_K
-    chosen, missed_K = [], wanted_K.abs()
+    N, size_K = len(grad_NK), grad_NK.square().mean(0).sqrt().clamp(min=1e-8)
+    grad_NK, target_K = grad_NK / size_K, target_K / size_K
+    chosen, missed_K = [], target_K.abs()
     for _ in range(min(number, len(missed_K))):
         chosen.append(int(missed_K.argmax()))
-        some_NC = logps_NK[:, chosen]                # C: those chosen so far
-        step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), wanted_K[chosen])
-        missed_K = (wanted_K - logps_NK.T @ (some_NC @ step_C) / N).abs()
+        some_NC = grad_NK[:, chosen]                # C: those chosen so far
+        step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), target_K[chosen])
+        missed_K = (target_K - grad_NK.T @ (some_NC @ step_C) / N).abs()
         missed_K[chosen] = -1.0
     chosen = torch.tensor(chosen, device=missed_K.device)
     return chosen, step_C / size_K[chosen]
 
 
 class Critic(nn.Module):
-    """V_t = a_t s_t + w_t · h_t + b_t: what a response's score will be, from its beginning, with weights of each position's own.
+    """V_t = a_t s_t + w_t · h_t / √D + b_t: what a response's score will be, from its beginning, with weights of each position's own.
 
     s_t is the (standardised) score of the text before response token t, where the reward can be asked for it, and h_t the
     *reference's* final hidden state there: no transformer pass of the critic's own. At the start V_t = s_t.
@@ -484,9 +495,9 @@ def select(value: Any, rows: Tensor | slice) -> Any:
     return None if value is None else value[rows]
 
 
-def join(parts: Iterable) -> Any:
+def join(parts: Sequence) -> Any:
     """The reverse of `select`: one value of many parts, in order. Sparse features are padded to the widest part."""
-    first, *_ = parts = list(parts)
+    first = parts[0]
     if isinstance(first, SparseFeatures):
         A = max(part.ids_BTA.shape[-1] for part in parts)
         return SparseFeatures(*(torch.cat([F.pad(t, (0, A - t.shape[-1])) for t in tensors]) for tensors in zip(*parts)))
@@ -496,15 +507,17 @@ def join(parts: Iterable) -> Any:
 
 
 @torch.no_grad()
-def rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
-             generator: torch.Generator) -> Iterator[Rollout]:
+def collect_rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
+                     generator: torch.Generator) -> Rollout:
     """Sample one response a row of the prompts, and compute all that an iteration needs of them, in micro-batches."""
+    parts = []
     for rows in slices(len(prompt_BT), cfg.generate_batch):
-        seen = []
-        tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg, generator, seen)
-        seen = [torch.cat(steps, dim=1) for steps in zip(*seen)]
-        for micro in slices(len(tokens_BT), cfg.micro_batch):
-            yield make_rollout(policy, tokens_BT[micro], mask_BT[micro], cfg, [seen_BT[micro] for seen_BT in seen])
+        steps = []                                   # of the sampling: what each has seen in the layers up to the lowest edited one
+        tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg, generator, steps)
+        seen = [torch.cat(pieces, dim=1) for pieces in zip(*steps)]
+        parts += [make_rollout(policy, tokens_BT[micro], mask_BT[micro], cfg, [seen_BT[micro] for seen_BT in seen])
+                  for micro in slices(len(tokens_BT), cfg.micro_batch)]
+    return join(parts)
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -599,10 +612,10 @@ class AdaptiveKL:
 
 
 class Losses(NamedTuple):
-    """Scalars; all but `total` are for the log."""
-    total: Tensor
-    policy: Tensor
-    value: Tensor
+    """Scalars, under the names of the log."""
+    loss: Tensor                         # the two below, weighted: what is minimised
+    policy_loss: Tensor
+    value_loss: Tensor
     approx_kl: Tensor                    # ½ mean (logπ − logπold)², how far the policy is from the one that sampled
     clipfrac: Tensor                     # share of tokens whose ratio is clipped
     vf_clipfrac: Tensor
@@ -648,7 +661,7 @@ class Prompts:
         self.end_of_text = tokenizer.end_of_text
 
     def draw(self, number: int, repeats: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """-> tokens and mask of `number` prompts at random, each `repeats` times; none twice before all were once."""
+        """-> tokens and mask of `number` prompts at random, each `repeats` times; none is drawn again before all were."""
         rounds = -(-number // len(self.tokens_BT))
         order = torch.cat([torch.randperm(len(self.tokens_BT), generator=generator) for _ in range(rounds)])[:number]
         order = order.repeat_interleave(repeats).to(self.tokens_BT.device)
@@ -660,9 +673,9 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
     policy.model.recompute = cfg.recompute
-    learns = {}                                      # with `keep`, which numbers do: first vectors in place of biases, then those that are kept
-    if cfg.keep:
-        learns = {name: torch.full_like(p, float(".bias_" not in name)) for name, p in policy.state_dict().items()}
+    learns = {}                                      # with `keep`, which numbers do: first vectors alone, or all coefficients; then those kept
+    if cfg.keep and any(".vector_" in name for name in policy.trainable()):
+        learns = {name: torch.full_like(p, float(".vector_" in name)) for name, p in policy.state_dict().items()}
     # One tensor after the other: all at once, PyTorch's default on a GPU, takes another copy of the trained weights for what lies between.
     optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in
                                   (*policy.learning_rates(cfg.lr, learns), (list(critic.parameters()), cfg.critic_lr))], eps=cfg.adam_eps, foreach=False)
@@ -677,11 +690,12 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         start = time.monotonic()
         if cfg.keep and iteration == cfg.iterations * 3 // 4:
             learns.update(keep_few(policy, prompts, cfg, generator))
-            for (params, peak), group in zip(policy.learning_rates(cfg.lr, learns), optimizer.param_groups):
+            for (params, peak), group in zip(policy.learning_rates(cfg.lr, learns), optimizer.param_groups):       # the critic's is the last
                 group["peak"] = peak
-                optimizer.state.pop(*params)         # Adam would go on moving what is to stay
+                for p in params:
+                    optimizer.state.pop(p)           # Adam would go on moving what is to stay
         drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
-        rollout = join(rollouts(policy, *drawn, prompts.end_of_text, cfg, generator))
+        rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
         rollout = score(rollout, score_fn, standardize, critic, cfg)
         check_finite(where := f"rlhf, step {iteration}", activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
                      value=rollout.values_BR, kl=rollout.kl_BR)
@@ -700,7 +714,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         run.log(step=iteration, **figures)
         bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{figures['kl']:.2f}", changed=figures["n_changed"])
         run.checkpoint(iteration + 1, cfg.checkpoint_seconds, **parts)
-    if policy.n_changed() > cfg.keep > 0:            # it diverged before its time
+    if cfg.keep and policy.n_changed() > cfg.keep:   # it diverged before they were chosen
         keep_few(policy, prompts, cfg, generator)
     for edit in policy.edits.values() if cfg.keep else ():
         edit.vector_D = None                         # it is 0 now
@@ -721,15 +735,15 @@ def update_policy(policy: Policy, critic: Critic, optimizer: torch.optim.Optimiz
                 values_BR = critic(batch.prefix_scores_BR, batch.trunk.ref_hidden_BRD)
                 losses = ppo_loss(logprobs_BR, values_BR, batch, advantages_BR[micro], returns_BR[micro], cfg)
                 share = batch.mask_BR.sum() / rollout.mask_BR[rows].sum()      # of the minibatch's tokens: the mean is over all of them
-                (losses.total * share).backward()
+                (losses.loss * share).backward()
                 figures.append(torch.stack([loss.detach() * share for loss in losses]))
             check_finite(where, optimizer, loss=torch.stack(figures))
-            for name, learns_F in learns.items():    # Adam leaves *exactly* where they are those whose gradient was always 0
+            for name, mask in learns.items():        # numbers whose gradient was always 0 stay *exactly* where they are in Adam
                 grad = policy.trainable()[name].grad
-                grad *= learns_F.to(grad.device)
+                grad *= mask.to(grad.device)
             optimizer.step()
     means = torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)
-    return dict(zip(("loss", "policy_loss", "value_loss", "approx_kl", "clipfrac", "vf_clipfrac", "ratio"), means.tolist()))
+    return dict(zip(Losses._fields, means.tolist()))
 
 
 def rollout_figures(rollout: Rollout, scores_B: Tensor, returns_BR: Tensor, kl_coef: float, end_of_text: int) -> dict:
@@ -820,19 +834,21 @@ class Evaluation:
 
     def samples(self, model: Pythia, edits: dict) -> Evaluated:
         """Sample and score, the same uniforms in every call."""
-        return self.scored(*respond(model, edits, *self.prompts_and_random_numbers()))
+        generator = torch.Generator().manual_seed(self.seed)
+        return self.scored(*respond(model, edits, *self.each_prompt(), self.prompts.end_of_text, self.cfg, generator))
 
-    def prompts_and_random_numbers(self) -> tuple:
-        """-> what `respond` and `rollouts` take behind the policy: each held-out prompt `eval_samples` times, the same seed in every call."""
-        each_BT = (t.repeat_interleave(self.cfg.eval_samples, 0) for t in (self.prompts.tokens_BT, self.prompts.mask_BT))
-        return *each_BT, self.prompts.end_of_text, self.cfg, torch.Generator().manual_seed(self.seed)
+    def each_prompt(self) -> tuple[Tensor, Tensor]:
+        """-> tokens and mask of the held-out prompts, each `eval_samples` times."""
+        return tuple(t.repeat_interleave(self.cfg.eval_samples, 0) for t in (self.prompts.tokens_BT, self.prompts.mask_BT))
 
     def scored(self, tokens_BT: Tensor, mask_BT: Tensor) -> Evaluated:
         return Evaluated({}, tokens_BT, mask_BT, score_in_batches(self.score_fn, tokens_BT, mask_BT, self.cfg.micro_batch))
 
     def __call__(self, policy: Policy) -> Evaluated:
         """-> figures, samples and scores of the policy."""
-        rollout = join(part._replace(trunk=None) for part in rollouts(policy, *self.prompts_and_random_numbers()))
+        (prompt_BT, mask_BT), generator = self.each_prompt(), torch.Generator().manual_seed(self.seed)
+        rollout = join([collect_rollouts(policy, prompt_BT[rows], mask_BT[rows], self.prompts.end_of_text, self.cfg, generator)._replace(trunk=None)
+                        for rows in slices(len(prompt_BT), self.cfg.generate_batch)])
         sampled, mask_BR, kl_B = self.scored(rollout.tokens_BT, rollout.mask_BT), rollout.mask_BR, rollout.kl_BR.sum(1)
         gain_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std().clamp(min=1e-6)
         return sampled._replace(figures={
@@ -894,7 +910,7 @@ def gains_at_kls(runs: list[tuple[np.ndarray, np.ndarray]], kls: tuple[float, ..
     NaN where a run does not come so far; and the same for `draws` bootstrap samples of seeds and of prompts, (draws, K). The samples are
     the same in every call with as many seeds and prompts, so that differences between policies are paired. Where seeds differ and are
     only two or three, intervals of their quantiles are too narrow: resampling S of them has (S − 1)/S of their variance."""
-    def mean_gains(seeds: Iterable[int], prompts: np.ndarray | slice) -> list[float]:
+    def mean_gains(seeds: Sequence[int], prompts: np.ndarray | slice) -> list[float]:
         return [np.mean([gain_at_kl(runs[s][0][:, prompts].mean(1), runs[s][1][:, prompts].mean(1), at) for s in seeds]) for at in kls]
 
     rng, S, P = np.random.default_rng(0), len(runs), runs[0][0].shape[1]

@@ -284,8 +284,9 @@ def stated_layer(file: Path, about: dict, otherwise: int) -> int:
 #
 # Squares are *summed* over D, penalties *summed* over features, and both *averaged* over rows (the paper of 2023 averages the squares
 # over D: its coefficient is 1/D of ours). Inputs are scaled so that E‖x‖² = D. To add an objective, write its penalty as a function
-# of a `Pass`, `name(p) -> penalty_N`, and give it a line in OBJECTIVES, with `relu`: L0 target, refit, resampling and saving follow from that
-# line, and `--sae-objective name` trains with it. Another *activation* must also be what `SAE.encode` does with the finished SAE.
+# of a `Pass`, `name(p) -> penalty_N`, and give it a line in OBJECTIVES, with `relu`: L0 target, refit and saving follow from that line, with
+# `resample=True` resampling too, and `--sae-objective name` trains with it. Another *activation* must also be what `SAE.encode` does with the
+# finished SAE; look where `relu`, `topk` and `gated` are asked for by name.
 
 class Pass(NamedTuple):
     """One training step as an objective sees it."""

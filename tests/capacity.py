@@ -41,7 +41,7 @@ def gradients(args: argparse.Namespace) -> dict[str, tuple[Tensor, ...]]:
     policy, critic = ppo.make_policy("steer", model, [layer], {}, cfg), ppo.Critic(model.cfg.hidden_size, cfg.response_tokens, model.device)
     standardize, found = ppo.Standardize.by_reference(policy, prompts, score_fn, cfg, generator), {}
     for _ in tqdm(range(args.episodes // cfg.episodes)):
-        rollout = ppo.join(ppo.rollouts(policy, *prompts.draw(cfg.episodes // 4, 4, generator), prompts.end_of_text, cfg, generator))
+        rollout = ppo.collect_rollouts(policy, *prompts.draw(cfg.episodes // 4, 4, generator), prompts.end_of_text, cfg, generator)
         rollout = ppo.score(rollout, score_fn, standardize, critic, cfg)
         rewards_BR = ppo.kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, 0.0)
         weights = [rollout.mask_BR.float(), *(ppo.gae(rewards_BR, rollout.values_BR, rollout.mask_BR, 1.0, lam)[0] for lam in (cfg.lam, 1.0))]

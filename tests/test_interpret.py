@@ -155,7 +155,7 @@ def test_gradient_is_the_slope_of_the_change():
     for half in (0, 1):
         predicted = sum((gradient[name][half] * direction[name]).sum() for name in at)
         assert predicted.item() == pytest.approx(slope_P[half::2].mean().item(), rel=1e-3)
-    start = {name: torch.full_like(value, policy.start(name)) for name, value in at.items()}
+    start = policy.part_way(0.0)
     by_feature = interpret.first_order(gradient, at, start)
     total = sum((gradient[name] * (at[name] - start[name])).sum(1) for name in at)
     torch.testing.assert_close(sum(by_feature.values()), total)

@@ -10,8 +10,8 @@ import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
 from ppo import (AdaptiveKL, Critic, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, SparseFeatures, Standardize, Trunk,
-                 episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, keep_few, kl_rewards, make_policy,
-                 next_logprobs, make_rollout, pick, ppo_loss, respond, rollouts, score, select, train_ppo, update_policy, whiten)
+                 collect_rollouts, episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, keep_few, kl_rewards, make_policy,
+                 next_logprobs, make_rollout, pick, ppo_loss, respond, score, select, train_ppo, update_policy, whiten)
 from pythia import UserError, pad_left
 from sae import SAE
 from train import Run
@@ -190,7 +190,7 @@ def test_gradients_of_episodes_equal_autograds(layers):
     """Each episode's gradient by each number, from one backward pass, against a backward pass for each episode."""
     model, generator = random_model(F64), torch.Generator().manual_seed(0)
     policy = random_policy("coef", model, layers, "scale+bias", moved=False)
-    rollout = join(rollouts(policy, *prompts().draw(6, 1, generator), 0, CFG, generator))
+    rollout = collect_rollouts(policy, *prompts().draw(6, 1, generator), 0, CFG, generator)
     found = episode_gradients(policy, rollout, CFG)
     for b in range(6):
         batch = select(rollout, slice(b, b + 1))
@@ -204,16 +204,16 @@ def test_gradients_of_episodes_equal_autograds(layers):
 def test_forward_selection_takes_what_adds_and_nothing_twice():
     """5 is wanted most, 8 is a copy of 7, 9 is large and means nothing; the steps are those of the linear system."""
     generator = torch.Generator().manual_seed(0)
-    scores_NK = torch.randn(4000, 12, generator=generator, dtype=F64)
-    scores_NK[:, 8] = scores_NK[:, 7]
-    scores_NK[:, 9] *= 100
-    wanted_N = scores_NK[:, 5] + 0.6 * scores_NK[:, 7] + 0.3 * scores_NK[:, 2] + torch.randn(4000, generator=generator)
-    wanted_K = scores_NK.T @ wanted_N / 4000
-    chosen, step_C = forward_selection(scores_NK, wanted_K, 3, ridge=0.0)
+    grad_NK = torch.randn(4000, 12, generator=generator, dtype=F64)
+    grad_NK[:, 8] = grad_NK[:, 7]
+    grad_NK[:, 9] *= 100
+    wanted_N = grad_NK[:, 5] + 0.6 * grad_NK[:, 7] + 0.3 * grad_NK[:, 2] + torch.randn(4000, generator=generator)
+    target_K = grad_NK.T @ wanted_N / 4000
+    chosen, step_C = forward_selection(grad_NK, target_K, 3, ridge=0.0)
     assert chosen[0] == 5 and chosen[1] in (7, 8) and chosen[2] == 2
-    torch.testing.assert_close(step_C, torch.linalg.lstsq(scores_NK[:, chosen], wanted_N).solution)
+    torch.testing.assert_close(step_C, torch.linalg.lstsq(grad_NK[:, chosen], wanted_N).solution)
     torch.testing.assert_close(step_C, torch.tensor([1.0, 0.6, 0.3], dtype=F64), atol=0.05, rtol=0)
-    assert sorted(forward_selection(scores_NK, wanted_K, 99)[0].tolist()) == list(range(12))
+    assert sorted(forward_selection(grad_NK, target_K, 99)[0].tolist()) == list(range(12))
 
 
 @pytest.mark.parametrize("layers", [[2], [1, 2]])
@@ -251,7 +251,7 @@ def test_keep_leaves_all_others_exactly_where_they_were(tmp_path):
 def test_first_ratio_is_exactly_one(name):
     model, generator = random_model(), torch.Generator().manual_seed(0)
     policy, critic = random_policy(name, model, (1, 3)), Critic(32, R, model.device)
-    rollout = join(rollouts(policy, *prompts().draw(32, 1, generator), 0, CFG, generator))
+    rollout = collect_rollouts(policy, *prompts().draw(32, 1, generator), 0, CFG, generator)
     rollout = score(rollout, sevens, Standardize(0.0, 1.0), critic, CFG)
     assert (rollout.logprobs_BR != rollout.ref_logprobs_BR).all() and rollout.mean_kl > 0
     for start in range(0, 32, CFG.micro_batch):
@@ -269,7 +269,7 @@ def test_what_sampling_has_seen_is_not_computed_again(name, monkeypatch):
     policy, cfg = random_policy(name, random_model(F64), (1, 3)), replace(CFG, generate_batch=10, micro_batch=4)
     drawn = prompts().draw(20, 1, torch.Generator().manual_seed(0))
     monkeypatch.setattr(policy.model, "trunk", None)
-    rollout = join(rollouts(policy, *drawn, 0, cfg, torch.Generator().manual_seed(0)))
+    rollout = collect_rollouts(policy, *drawn, 0, cfg, torch.Generator().manual_seed(0))
     monkeypatch.undo()
     assert rollout.mask_BT[:, 0].min() == 0 and rollout.mask_BR.min() == 0
     anew = join([make_rollout(policy, rollout.tokens_BT[rows], rollout.mask_BT[rows], cfg) for rows in torch.arange(20).split(4)])
@@ -337,7 +337,7 @@ def test_select_and_join_are_inverse(name):
 @pytest.mark.parametrize("score_fn", [sevens, Sevens()], ids=["scores only", "prefixes too"])
 def test_score_fills_in_what_the_rollout_lacks(score_fn):
     model, generator = random_model(), torch.Generator().manual_seed(0)
-    rollout = join(rollouts(random_policy("coef", model), *prompts().draw(20, 1, generator), 0, CFG, generator))
+    rollout = collect_rollouts(random_policy("coef", model), *prompts().draw(20, 1, generator), 0, CFG, generator)
     critic = Critic(32, R, CPU)
     for parameter in critic.parameters():
         parameter.data += torch.randn(parameter.shape, generator=generator)
@@ -461,7 +461,7 @@ def test_micro_batches_only_save_memory():
     model, generator = random_model(F64), torch.Generator().manual_seed(0)
     policy, critic = random_policy("coef", model), Critic(32, R, model.device).double()
     advantages_BR = torch.randn(32, R, generator=generator, dtype=F64)
-    rollout = join(rollouts(policy, *prompts().draw(32, 1, generator), 0, CFG, generator))
+    rollout = collect_rollouts(policy, *prompts().draw(32, 1, generator), 0, CFG, generator)
     rollout = score(rollout, Sevens(), Standardize(0.5, 2.0), critic, CFG)
     rollout = rollout._replace(mask_BR=(torch.arange(R) <= torch.arange(32)[:, None] % R).long())
     gradients = []

@@ -13,7 +13,7 @@ encode(mlp_BTD, neurons_BTM) -> what `change` needs to know of the tokens and do
 of it); change(what encode gave) -> change_BTD. `EditPolicy(model, {layer: GatedSteer(sae, i)})` must train it, v being all that learns.
 
 Hints: read `FeatureScale` first, for the SAE's dtype, too; a tensor of shape (B, T, 1) is something that `select` and `join` can take apart. To go
-on: a name in POLICIES and a line in make_policy (and NEED_SAE of train.py), the feature from the config; a vector for each of some features.
+on: a name in POLICIES and a line in make_policy (and NEED_SAE, so that SAEs are loaded), the feature from the config; a vector for each of some features.
 """
 
 import numpy as np
@@ -114,7 +114,7 @@ def test_ppo_sees_the_same_policy_cached_and_whole():
     cfg = ppo.PPOConfig(episodes=4, samples_per_prompt=1, response_tokens=R, micro_batch=2)
     for layers in ((LAYER,), (0, 2)):
         policy = steered(model, sae, feature, layers)
-        rollout = ppo.join(ppo.rollouts(policy, *padded(), 0, cfg, torch.Generator().manual_seed(0)))
+        rollout = ppo.collect_rollouts(policy, *padded(), 0, cfg, torch.Generator().manual_seed(0))
         logits_BRV = model(rollout.tokens_BT, rollout.mask_BT, formula(policy, sae, feature))[:, -R - 1:-1]
         want_BR = logits_BRV.log_softmax(-1).gather(-1, rollout.tokens_BT[:, -R:, None]).squeeze(-1).detach()
         np.testing.assert_allclose(rollout.logprobs_BR * rollout.mask_BR, want_BR * rollout.mask_BR, atol=1e-8,
