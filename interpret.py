@@ -6,7 +6,6 @@ Dimension key: B batch   T tokens   R response tokens   N rows (tokens, flattene
 
 import io
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple

@@ -54,7 +54,7 @@ class PPOConfig:
     recompute: bool = False              # recompute activations in the backward pass: less memory, a third more time
     lora_rank: int = 8                   # of --policy lora
     lora_targets: tuple[str, ...] = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")      # layers that get an adapter
-    lr: float = 0.0                      # Adam, falls linearly; 0 means the policy's own: 0.6 for coefficients, 0.04 for steer, 1e-3 for adapters, 5e-5 for weights
+    lr: float = 0.0                      # Adam, falls linearly; 0: the policy's own, 0.6 for coefficients, 0.04 steer, 1e-3 adapters, 5e-5 weights
     critic_lr: float = 3e-3              # of the value head
     adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
     gamma: float = 1.0                   # discount
@@ -64,7 +64,7 @@ class PPOConfig:
     kl_coef: float = 0.05                # β at the start, with scores of unit standard deviation
     kl_target: float = 6.0               # nats a response that the controller of β aims at (Ziegler)
     kl_horizon: float = 10.0             # iterations; 10,000 episodes in Ziegler's code
-    keep: int = 0                        # how many numbers an edit may move in the end, chosen after three quarters of the iterations (see keep_few); 0: all
+    keep: int = 0                        # how many numbers an edit may move in the end, chosen after ¾ of the iterations (see keep_few); 0: all
     screen: int = 4                      # with `keep`: rollouts of the reference by which they are chosen
     kl_stop: float = 20.0                # nats a response; a policy farther than this from the reference has diverged, and training ends
     eval_size: int = 128                 # held-out prompts of an evaluation, the first of their file
@@ -677,8 +677,8 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     if cfg.keep and any(".vector_" in name for name in policy.trainable()):
         learns = {name: torch.full_like(p, float(".vector_" in name)) for name, p in policy.state_dict().items()}
     # One tensor after the other: all at once, PyTorch's default on a GPU, takes another copy of the trained weights for what lies between.
-    optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in
-                                  (*policy.learning_rates(cfg.lr, learns), (list(critic.parameters()), cfg.critic_lr))], eps=cfg.adam_eps, foreach=False)
+    rates = (*policy.learning_rates(cfg.lr, learns), (list(critic.parameters()), cfg.critic_lr))
+    optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in rates], eps=cfg.adam_eps, foreach=False)
     kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
 

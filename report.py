@@ -171,7 +171,7 @@ def answer_html(report: dict) -> str:
         f"held-out prompts, in standard deviations of the reference's scores{gold}</div>"
         f"<div><b>{show(rlhf['kl'], '.2f')} nats</b>KL divergence from the reference, a response</div>"
         f"<div><b>{show(causal['carriers'], 'd')} of {causal['moved']}</b>features that moved carry 90 % of the gain</div></div><div class=pair>"
-        + image(report, "frontier", "Gain against KL of the finished runs here with this reward: a quarter, half, three quarters and all of the change that each has learned.")
+        + image(report, "frontier", "Gain against KL of a quarter, half, three quarters and all of what runs with this reward learned.")
         + image(report, "share", "Gain when only the k strongest features are moved: fresh samples, ± SE.") + "</div>"
         + table(["run", "layers", "reward", "numbers moved", "gain", "gain by gold model", "KL, nats"], runs))
 

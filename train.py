@@ -677,7 +677,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", default="runs/tiny", help="folder of this run; each stage has its own in it")
     add("--tag", default="", help="a word added to the names of the folders but the SAEs', to tell runs apart")
     add("--device", default="auto", help="cpu, cuda, cuda:1 …")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the model; auto: bfloat16 on a GPU that multiplies it")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the model; auto: bfloat16 where a GPU has it")
     add("--seed", type=int, default=0, help="of all random numbers")
     add("--resume", action="store_true", help="go on with the run in --out")
     for stage, (_, config) in STAGES.items():
