@@ -275,7 +275,7 @@ def test_what_sampling_has_seen_is_not_computed_again(name, monkeypatch):
     anew = join([make_rollout(policy, rollout.tokens_BT[rows], rollout.mask_BT[rows], cfg) for rows in torch.arange(20).split(4)])
     for what in ("logprobs_BR", "ref_logprobs_BR", "kl_BR", "entropy_BR"):
         seen_BR, anew_BR = (getattr(each, what) * rollout.mask_BR for each in (rollout, anew))
-        torch.testing.assert_close(seen_BR, anew_BR, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(seen_BR, anew_BR, atol=1e-7, rtol=0)             # adapters and SAEs are float32
 
 
 @every_policy
