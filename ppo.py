@@ -512,7 +512,7 @@ def collect_rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, 
     """Sample one response a row of the prompts, and compute all that an iteration needs of them, in micro-batches."""
     parts = []
     for rows in slices(len(prompt_BT), cfg.generate_batch):
-        steps = []                                   # of the sampling: what each has seen in the layers up to the lowest edited one
+        steps = []
         tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg, generator, steps)
         seen = [torch.cat(pieces, dim=1) for pieces in zip(*steps)]
         parts += [make_rollout(policy, tokens_BT[micro], mask_BT[micro], cfg, [seen_BT[micro] for seen_BT in seen])
@@ -526,11 +526,11 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 
 def respond(model: Pythia, edits: dict, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
-            generator: torch.Generator, seen: list | None = None) -> tuple[Tensor, Tensor]:
-    """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out. For `seen`, of one
+            generator: torch.Generator, steps: list | None = None) -> tuple[Tensor, Tensor]:
+    """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out. For `steps`, of one
     `generate_batch`, see Pythia.generate."""
     R = cfg.response_tokens
-    tokens_BT = torch.cat([model.generate(prompt_BT[rows], R, prompt_mask_BT[rows], cfg.temperature, edits, generator, seen)
+    tokens_BT = torch.cat([model.generate(prompt_BT[rows], R, prompt_mask_BT[rows], cfg.temperature, edits, generator, steps)
                            for rows in slices(len(prompt_BT), cfg.generate_batch)])
     ended_BR = (tokens_BT[:, -R:] == end_of_text).long()
     mask_BR = (ended_BR.cumsum(1) - ended_BR == 0).long()
@@ -673,7 +673,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
     policy.model.recompute = cfg.recompute
-    learns = {}                                      # with `keep`, which numbers do: first vectors alone, or all coefficients; then those kept
+    learns = {}                                      # with `keep`, 1 for numbers that do: first vectors alone, or all coefficients; then those kept
     if cfg.keep and any(".vector_" in name for name in policy.trainable()):
         learns = {name: torch.full_like(p, float(".vector_" in name)) for name, p in policy.state_dict().items()}
     # One tensor after the other: all at once, PyTorch's default on a GPU, takes another copy of the trained weights for what lies between.
@@ -738,9 +738,9 @@ def update_policy(policy: Policy, critic: Critic, optimizer: torch.optim.Optimiz
                 (losses.loss * share).backward()
                 figures.append(torch.stack([loss.detach() * share for loss in losses]))
             check_finite(where, optimizer, loss=torch.stack(figures))
-            for name, mask in learns.items():        # numbers whose gradient was always 0 stay *exactly* where they are in Adam
-                grad = policy.trainable()[name].grad
-                grad *= mask.to(grad.device)
+            for name, p in policy.trainable().items():
+                if name in learns:                   # a number whose gradient was always 0 stays *exactly* where it is in Adam
+                    p.grad *= learns[name].to(p.device)
             optimizer.step()
     means = torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)
     return dict(zip(Losses._fields, means.tolist()))
@@ -842,6 +842,7 @@ class Evaluation:
         return tuple(t.repeat_interleave(self.cfg.eval_samples, 0) for t in (self.prompts.tokens_BT, self.prompts.mask_BT))
 
     def scored(self, tokens_BT: Tensor, mask_BT: Tensor) -> Evaluated:
+        """-> samples with their scores, no figures yet."""
         return Evaluated({}, tokens_BT, mask_BT, score_in_batches(self.score_fn, tokens_BT, mask_BT, self.cfg.micro_batch))
 
     def __call__(self, policy: Policy) -> Evaluated:

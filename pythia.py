@@ -327,9 +327,9 @@ class Pythia(nn.Module):
 
     def _run(self, x_BTD: Tensor, layers: range, mask_BT: Tensor | None, edits: Edits | None,
              cache: KVCache | None = None, rotary: Rotary | None = None, last: int = 0,
-             seen: list | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run `layers` on the residual stream x_BTD -> the stream after them, and the last one's mlp_BTD and neurons_BTM. A list `seen` gets
-        what `trunk` would give of the lowest edited layer."""
+             steps: list | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run `layers` on the residual stream x_BTD -> the stream after them, and the last one's mlp_BTD and neurons_BTM. A list `steps` gets
+        what `trunk` would give of the lowest edited layer, before its edit: PPO need not run the layers up to it again."""
         T = x_BTD.shape[1]
         rotary = rotary or Rotary(self.cfg, T, x_BTD.device, x_BTD.dtype)
         attend_BHTS = attention_mask(mask_BT, T)
@@ -340,8 +340,8 @@ class Pythia(nn.Module):
                 block = functools.partial(checkpoint, block, use_reentrant=False)
             x_BTD, mlp_BTD, neurons_BTM = block(x_BTD, rotary, attend_BHTS, cache, last if layer == layers[-1] else 0)
             if edits and layer in edits:
-                if seen is not None and layer == min(edits):
-                    seen.append((x_BTD, mlp_BTD, neurons_BTM))
+                if steps is not None and layer == min(edits):
+                    steps.append((x_BTD, mlp_BTD, neurons_BTM))
                 x_BTD = x_BTD + edits[layer](mlp_BTD, neurons_BTM)
         if cache:
             cache.length += T
@@ -357,12 +357,12 @@ class Pythia(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt_BT: Tensor, max_new_tokens: int, mask_BT: Tensor | None = None, temperature: float = 1.0,
-                 edits: Edits | None = None, generator: torch.Generator | None = None, seen: list | None = None) -> Tensor:
+                 edits: Edits | None = None, generator: torch.Generator | None = None, steps: list | None = None) -> Tensor:
         """Sample `max_new_tokens` tokens after left-padded prompts -> tokens, prompt and continuation, (B, T + max_new_tokens).
 
         temperature 0 is greedy. All uniforms are drawn before the first token, (B, max_new_tokens), so that two models given
         equal generators use the same one for the same row and step. Nothing stops at an end-of-text token: cut there yourself.
-        A list `seen` gets what `trunk` gives of the lowest edited layer, of all tokens but the last, piece by piece along T.
+        A list `steps` gets what `trunk` gives of the lowest edited layer, step by step: the prompt, then each new token but the last.
         """
         B, T = prompt_BT.shape
         if mask_BT is not None and not mask_BT[:, -1].all():
@@ -376,7 +376,7 @@ class Pythia(nn.Module):
             new = slice(cache.length, step)          # the whole prompt at first, then one token at a time
             x_BTD = self.gpt_neox.embed_in(tokens_BT[:, new])
             past_mask = None if mask_BT is None else mask_BT[:, :step]
-            x_BTD = self._run(x_BTD, range(self.cfg.num_layers), past_mask, edits, cache, rotary, seen=seen)[0]
+            x_BTD = self._run(x_BTD, range(self.cfg.num_layers), past_mask, edits, cache, rotary, steps=steps)[0]
             logits_BTV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1:]))
             tokens_BT[:, step] = sample(logits_BTV[:, 0], temperature, uniform_BR[:, step - T])
         return tokens_BT

@@ -694,14 +694,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def yes_or_no(text: str) -> bool:
+    """ValueError, of which argparse makes its line, for any other word."""
     return bool(("no", "yes").index(text))
 
 
 def numbers(text: str) -> tuple[float, ...]:
+    """`1,2.5` -> (1.0, 2.5)"""
     return tuple(float(part) for part in text.split(",") if part)
 
 
 def words(text: str) -> tuple[str, ...]:
+    """`a, b` -> ("a", "b")"""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -764,6 +767,7 @@ def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
+    """-> the file's hash in hexadecimal digits, read piece by piece."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

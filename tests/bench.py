@@ -228,10 +228,10 @@ class PPOBench:
 
     @torch.no_grad()
     def generate(self) -> None:
-        seen = []
+        steps = []
         self.tokens_BT, self.mask_BT = ppo.respond(self.policy.model, self.policy.edits, self.prompt_BT, torch.ones_like(self.prompt_BT), 0,
-                                                   self.cfg, self.generator, seen)
-        self.seen = [torch.cat(steps, dim=1) for steps in zip(*seen)]
+                                                   self.cfg, self.generator, steps)
+        self.seen = [torch.cat(pieces, dim=1) for pieces in zip(*steps)]
 
     def reference(self) -> None:
         """Features, logprobs of policy and reference, KL."""
@@ -491,7 +491,8 @@ def explain(args: argparse.Namespace) -> None:
 def words(args: argparse.Namespace) -> None:
     """Which coefficients did --reward avoid:FILE turn down: those of features that promote the listed words? A feature's push is the sum of
     its activation × its logit effect on the word, over all places of the text where a listed word of one token comes next. Printed: Spearman's
-    correlation of push and coefficient over features; coefficients of the 20 features that push most, of the 100, of all; the first 12."""
+    correlation of push and coefficient over features; of the 20 features that push most, of the 100, of all the mean coefficient and how many
+    are below 1 and above; the first 12."""
     cfg, text = read_json(args.run / "config.json"), read_safetensors(args.run / "text.safetensors")
     model, tokenizer, layer = Pythia.from_pretrained(cfg["model"], dtype=torch.float32), Tokenizer.from_pretrained(cfg["model"]), int(cfg["layers"].strip("[]"))
     trained, coef_F = load_sae(args.run, model=model, model_name=args.model, layer=layer), read_safetensors(args.rlhf / "policy.safetensors")[f"{layer}.coef_F"]
@@ -507,8 +508,8 @@ def words(args: argparse.Namespace) -> None:
     order_F, rank = push_F.argsort(descending=True), lambda x_F: x_F.argsort().argsort().float()
     print(json.dumps({"bench": "words", "run": args.rlhf.name, "places": places, "words": len(listed_W),
                       "spearman": round(torch.corrcoef(torch.stack([rank(push_F), rank(coef_F)]))[0, 1].item(), 3)}
-                     | {f"{name}_of_{number}": round(value.item(), 3) for number in (20, 100, len(coef_F)) for name, value in (
-                         ("mean_coef", coef_F[order_F[:number]].mean()), ("share_below_1", (coef_F[order_F[:number]] < 1).float().mean()))}))
+                     | {f"{name}_of_{number}": round(value.item(), 3) for number in (20, 100, len(coef_F)) for coef_G in (coef_F[order_F[:number]],)
+                        for name, value in (("mean_coef", coef_G.mean()), ("below_1", (coef_G < 1).sum()), ("above_1", (coef_G > 1).sum()))}))
     for i in order_F[:12].tolist():
         most = [tokenizer.decode(listed_W[[j]]) for j in effect_FW[i].topk(4).indices.tolist()]
         print(json.dumps({"feature": i, "coef": round(coef_F[i].item(), 2), "push": round(push_F[i].item(), 1), "promotes": most}, ensure_ascii=False))

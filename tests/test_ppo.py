@@ -32,9 +32,10 @@ def random_sae(model, seed: int) -> SAE:
     return sae
 
 
-def random_policy(name, model, layers=(2,), edit="scale", moved=True):
+def random_policy(name, model, layers=(2,), edit="scale", moved=True, keep=0):
     """A policy whose learned parameters are random, or still at their start."""
-    policy, generator = make_policy(name, model, layers, {layer: random_sae(model, layer) for layer in layers}, CFG, edit), torch.Generator()
+    saes, generator = {layer: random_sae(model, layer) for layer in layers}, torch.Generator()
+    policy = make_policy(name, model, layers, saes, replace(CFG, keep=keep), edit)
     for parameter in policy.trainable().values():
         parameter.data += moved * (0.02 if name in ("full", "lora") else 0.5) * torch.randn(parameter.shape, generator=generator)
     return policy
@@ -188,11 +189,11 @@ def test_controls_are_their_formulas_cached_or_not(name, formula):
 @pytest.mark.parametrize("layers", [[2], [1, 2]])
 def test_gradients_of_episodes_equal_autograds(layers):
     """Each episode's gradient by each number, from one backward pass, against a backward pass for each episode."""
-    model, generator = random_model(F64), torch.Generator().manual_seed(0)
-    policy = random_policy("coef", model, layers, "scale+bias", moved=False)
-    rollout = collect_rollouts(policy, *prompts().draw(6, 1, generator), 0, CFG, generator)
+    model = random_model(F64)
+    policy = random_policy("coef", model, layers, "scale+bias", moved=False, keep=3)
+    rollout = make_rollout(policy, *padded(), CFG)
     found = episode_gradients(policy, rollout, CFG)
-    for b in range(6):
+    for b in range(5):
         batch = select(rollout, slice(b, b + 1))
         logp_BRV = next_logprobs(model, policy.hidden(batch.tokens_BT, batch.mask_BT, R, batch.trunk), CFG.temperature)
         wanted = torch.autograd.grad((pick(logp_BRV, batch.tokens_BT[:, -R:]) * batch.mask_BR).sum(), list(policy.trainable().values()))
@@ -219,7 +220,7 @@ def test_forward_selection_takes_what_adds_and_nothing_twice():
 @pytest.mark.parametrize("layers", [[2], [1, 2]])
 def test_keep_few_keeps_what_moved(layers):
     """Three numbers moved far and all others a little: the three are kept, with about their values, the others are put back exactly."""
-    policy, generator = random_policy("coef", random_model(), layers, "scale+bias", moved=False), torch.Generator().manual_seed(0)
+    policy, generator = random_policy("coef", random_model(), layers, "scale+bias", moved=False, keep=3), torch.Generator().manual_seed(0)
     numbers, start = policy.state_dict(), {name: p.clone() for name, p in policy.state_dict().items()}
     planted = [(f"{layers[0]}.bias_F", 5, 0.5), (f"{layers[-1]}.bias_F", 40, -0.4), (f"{layers[-1]}.bias_F", 7, 0.6)]
     for name, i, size in planted:
@@ -235,10 +236,11 @@ def test_keep_few_keeps_what_moved(layers):
 
 
 def test_keep_leaves_all_others_exactly_where_they_were(tmp_path):
-    policy, run = random_policy("coef", random_model(), (1, 2), "scale+bias", moved=False), Run(tmp_path, {}, resume=False)
+    policy, run = random_policy("coef", random_model(), (1, 2), "scale+bias", moved=False, keep=5), Run(tmp_path, {}, resume=False)
     train_ppo(policy, prompts(), lambda tokens_BT, mask_BT: (tokens_BT % 2.0).mean(1), replace(CFG, keep=5, screen=2), run, torch.Generator().manual_seed(0))
     changed = [row["n_changed"] for row in run.rows()]
     assert 1 <= policy.n_changed() <= 5 and changed[3] <= 5 < changed[2]                 # one that was chosen may be silent from then on
+    assert changed[:3] == [2 * 32] * 3               # at first a vector at each layer, nothing else
     with pytest.raises(UserError, match="--rlhf-keep"):
         make_policy("steer", random_model(), [2], {}, replace(CFG, keep=5))
     with pytest.raises(UserError, match="--rlhf-iterations"):
@@ -536,12 +538,13 @@ def test_training_learns_a_planted_reward(tmp_path, name, edit, lr):
     assert all(map(torch.equal, weights, model.parameters()))       # the reference is as it was
 
 
-@pytest.mark.parametrize("name, keep", [("coef", 0), ("coef", 7), ("neurons", 0), ("steer", 0), ("full", 0), ("lora", 0)])
-def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name, keep):
+@pytest.mark.parametrize("name, edit, keep", [("coef", "scale", 0), ("coef", "scale", 7), ("coef", "scale+bias", 7), ("neurons", "scale", 0),
+                                              ("steer", "scale", 0), ("full", "scale", 0), ("lora", "scale", 0)])
+def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name, edit, keep):
     model = random_model()
 
     def train(run):
-        policy = random_policy(name, model, (1, 3), moved=False)
+        policy = random_policy(name, model, (1, 3), edit, moved=False, keep=keep)
         return train_ppo(policy, prompts(), Sevens(), replace(CFG, keep=keep, screen=1), run, torch.Generator().manual_seed(0)).trainable()
 
     runs = [Run(tmp_path / folder, {}, resume=False) for folder in "ab"]
@@ -591,6 +594,7 @@ def test_other_misuse_is_explained():
     model = random_model()
     assert "coef, random" in complaint(make_policy, "none", model, [], {}, CFG)
     assert "scale, scale+bias" in complaint(make_policy, "coef", model, [], {}, CFG, "shift")
+    assert "--edit scale+bias is for" in complaint(make_policy, "steer", model, [], {}, CFG, "scale+bias")
     assert "--rlhf-lora-targets mlp: choose" in complaint(make_policy, "lora", model, [], {}, replace(CFG, lora_targets=("dense", "mlp")))
     assert complaint(prompts, ["2" * 59]).startswith("1 of 1 prompts have more than 59 tokens")
 
