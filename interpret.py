@@ -6,24 +6,21 @@ Dimension key: B batch   T tokens   R response tokens   N rows (tokens, flattene
 
 import io
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 import ppo
 from ppo import EditPolicy, Evaluated, Evaluation, by_prompt
-from pythia import END_OF_TEXT, Pythia, Tokenizer, UserError, read_json, read_rows, write_json, write_whole
+from pythia import END_OF_TEXT, Pythia, Tokenizer, UserError, check_positive, read_json, read_rows, write_json, write_whole
 from report import render_report
 from sae import SAE, mlp_rows
-
-matplotlib.use("Agg")                                # draw into files, without a screen
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 Feature = tuple[int, int]                            # (layer, number)
 
@@ -38,14 +35,14 @@ class InterpretConfig:
     logit_tokens: int = 8                # promoted and suppressed tokens a feature
     samples: int = 16                    # held-out prompts shown with the text before and after
     effect_samples: int = 2              # of the policy a held-out prompt, reweighted for each feature's effect; half as many of the reference
-    fresh_samples: int = 3               # a held-out prompt, drawn anew for each check; neither is more than the run's --rlhf-eval-samples
+    fresh_samples: int = 3               # a held-out prompt, drawn anew; no more than the run's --rlhf-eval-samples, as those above
     checks: int = 5                      # features whose effect is also measured on fresh samples
     columns: int = 256                   # features, MLP coordinates and random directions whose explanation scores are averaged
 
     def __post_init__(self):
-        for name in vars(self):
-            if getattr(self, name) < (name in ("features", "samples", "effect_samples", "fresh_samples", "columns")):
-                raise UserError(f"--interpret-{name.replace('_', '-')} {getattr(self, name)} is too small")
+        check_positive(self, "interpret", "features", "samples", "effect_samples", "fresh_samples", "columns")
+        if min(self.contexts, self.width, self.logit_tokens, self.checks) < 0:
+            raise UserError("--interpret-contexts, -width, -logit-tokens and -checks must not be negative")
 
 
 # ------------------------------------------------------------------------------------------------------------ feature cards
@@ -70,14 +67,15 @@ class FeatureCard:
     histogram: list[int]                 # of its activations where active, in equal steps from 0 to `peak`
     tokens: list[tuple[str, float]]      # those that make up most of its activation, with their share of it
     explanation: float | None            # explanation score, Pearson r; None where it is silent
-    promoted: list[tuple[str, float]]    # tokens whose logits its direction raises most, with the change per unit of activation
+    promoted: list[tuple[str, float]]    # tokens whose logits its direction raises most, with the `logit_effect` of a unit of activation
     suppressed: list[tuple[str, float]]
     contexts: list[Context]              # from its strongest activations down to weak ones
     fired: list[Context] = field(default_factory=list)         # where it is most active in the samples shown
     effect: dict | None = None           # on the reward, see `causal_effects`
 
 
-QUANTILES = (0.9, 0.5, 0.1)                          # of a feature's activations; the maximum alone would flatter it
+QUANTILES = (0.9, 0.5, 0.1)                          # of a feature's activations; the strongest alone would flatter it
+CARRIED = 0.9                                        # the share of the gain that `carriers` carry
 
 
 @torch.no_grad()
@@ -105,22 +103,22 @@ def top_contexts(activations_BT: Tensor, tokens_BT: Tensor, tokenizer: Tokenizer
 
 
 def quantile_contexts(activations_BT: Tensor, tokens_BT: Tensor, tokenizer: Tokenizer, width: int) -> list[Context]:
-    """-> two contexts from each of QUANTILES of one feature's activations; fewer where it is active on fewer tokens."""
+    """-> two contexts from each of QUANTILES of one feature's activations; none of those where it is active on fewer than 20 tokens."""
     flat_N = activations_BT.flatten()
-    ranks = flat_N.argsort(descending=True, stable=True)[:int((flat_N > 0).sum())].tolist()        # the active tokens, strongest first
+    ranks = flat_N.argsort(stable=True)[int((flat_N <= 0).sum()):].tolist()                        # the active tokens, weakest first
     found = []
-    for q in QUANTILES:
-        first = int((1 - q) * len(ranks))
-        for b, t in (divmod(i, activations_BT.shape[1]) for i in ranks[first:first + 2]):
+    for q in QUANTILES if len(ranks) >= 20 else ():
+        first = int(q * len(ranks))
+        for b, t in (divmod(i, activations_BT.shape[1]) for i in ranks[first - 1:first + 1]):
             found.append(context_at(activations_BT[b], tokens_BT[b], t, tokenizer, width, f"quantile {q:g} of its activations"))
     return found
 
 
 @torch.no_grad()
 def logit_effect(model: Pythia, direction_GD: Tensor) -> Tensor:
-    """-> effect_GV: how much one unit of each direction, added to the final residual stream, moves each token's logit beside
-    the others'. The direct path only: layers in between are passed by, and the final layer norm's division is left out (it
-    scales all tokens alike)."""
+    """-> effect_GV: how much one unit of each direction, added to the final residual stream, moves each token's logit against the mean
+    logit, times the scale that the final layer norm divides by there, the same for all tokens. The direct path only: layers in between
+    are passed by."""
     weight_D = model.gpt_neox.final_layer_norm.weight.float()
     direction_GD = direction_GD.float() - direction_GD.float().mean(-1, keepdim=True)          # the layer norm takes the mean out
     effect_GV = (direction_GD * weight_D) @ model.embed_out.weight.float().T
@@ -136,21 +134,22 @@ def top_tokens(values_V: Tensor, tokenizer: Tokenizer, number: int) -> list[tupl
 def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen: list[int] | None, learned: dict[str, Tensor],
                tokens_BT: Tensor, cfg: InterpretConfig) -> tuple[list[FeatureCard], dict]:
     """-> cards of the chosen features of one layer, in order, and what is known of its whole SAE (`explanations`). `learned` holds
-    `{layer}.coef_F` and perhaps `{layer}.bias_F`. With None chosen: the features that the text at hand explains best."""
+    `{layer}.coef_F` and perhaps `{layer}.bias_F`. With None chosen: those of `cfg.columns` features that the text explains best."""
     spread = torch.linspace(0, sae.num_features - 1, min(cfg.columns, sae.num_features)).round().long().tolist()
     looked_at = (chosen or []) + spread
-    rows_ND = torch.cat([mlp_rows(model, layer, batch_BT).float() for batch_BT in tokens_BT.split(16)])       # without the windows' first tokens
+    rows_ND = mlp_rows(model, layer, tokens_BT).float()                                    # without the windows' first tokens
     activations_NG, rate_F = feature_activations(sae, rows_ND, looked_at)
     activations_BTG = F.pad(activations_NG.view(len(tokens_BT), -1, len(looked_at)), (0, 0, 1, 0))
     score = explanation_score(activations_NG, tokens_BT)
     about = explanations(rows_ND, tokens_BT, rate_F, Explanation(*(part[-len(spread):] for part in score)), len(spread))
     columns = range(len(chosen)) if chosen is not None else score.pearson_F.nan_to_num(-1).argsort(descending=True)[:cfg.features].tolist()
     cards = []
-    for g, i in ((g, looked_at[g]) for g in columns):
-        effect_V, activations_BT = logit_effect(model, sae.W_dec_FD[[i]])[0, :tokenizer.vocab_size], activations_BTG[..., g]
+    for g in columns:
+        i, activations_BT = looked_at[g], activations_BTG[..., g]
+        effect_V = logit_effect(model, sae.W_dec_FD[[i]])[0, :tokenizer.vocab_size]
         weight_V = torch.zeros(model.cfg.vocab_size).index_add(0, tokens_BT.flatten().long(), activations_BT.flatten())[:tokenizer.vocab_size]
-        coef, bias = (learned[name][i].item() if (name := f"{layer}.{kind}_F") in learned else start
-                      for kind, start in (("coef", 1.0), ("bias", 0.0)))
+        coef = learned[f"{layer}.coef_F"][i].item() if learned else 1.0
+        bias = learned[f"{layer}.bias_F"][i].item() if f"{layer}.bias_F" in learned else 0.0
         peak = activations_BT.max().item()
         histogram = torch.histc(activations_BT[activations_BT > 0], 20, 0, peak or 1).int().tolist()
         fires_on = [pair for pair in top_tokens(weight_V / weight_V.sum().clamp(min=1e-9), tokenizer, 5) if pair[1] > 0]
@@ -224,7 +223,7 @@ def shown_samples(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], cau
 class Explanation(NamedTuple):
     """How far the text at hand predicts each column, on windows it was not fitted to; NaN for columns silent in either half."""
     pearson_F: Tensor                    # between prediction and activation
-    f1_F: Tensor                         # of "active", predicted above the level that as many fitted rows reach as were active
+    f1_F: Tensor                         # of "active"; predictions count as such above a cut that as many fitted rows pass as were active
 
 
 @torch.no_grad()
@@ -320,10 +319,8 @@ class Samples:
         return others_PS.reshape(-1, 1).expand(-1, R)
 
     def logprobs(self, rows: Tensor | slice) -> Tensor:
-        """-> logprobs_BR of the samples' tokens with the policy as it is now: only the layers above the lowest edit are run."""
-        batch, cfg = ppo.select(self.rollout, rows), self.evaluation.cfg
-        hidden_BRD = self.policy.hidden(batch.tokens_BT, batch.mask_BT, cfg.response_tokens, batch.trunk)
-        return ppo.pick(ppo.next_logprobs(self.policy.model, hidden_BRD, cfg.temperature), batch.tokens_BT[:, -cfg.response_tokens:])
+        """-> logprobs_BR of the samples' tokens with the policy as it is now."""
+        return ppo.response_logprobs(self.policy, ppo.select(self.rollout, rows), self.evaluation.cfg)
 
     @torch.no_grad()
     def change(self, values: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -397,7 +394,8 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     effects = dict(sorted(effects.items(), key=lambda item: -abs(item[1]["set_back"]["mean"])))
 
     # The order above is by noise, too: what is now said of the strongest must not rest on the samples that made them so.
-    again = Evaluation(policy.reference, evaluation.prompts, evaluation.score_fn, evaluation.cfg, evaluation.seed + 1_000_000)
+    fresh = replace(evaluation.cfg, eval_samples=min(cfg.fresh_samples, evaluation.cfg.eval_samples))
+    again = Evaluation(policy.reference, evaluation.prompts, evaluation.score_fn, fresh, evaluation.seed + 1_000_000)
 
     def fresh_gain(values: dict[str, Tensor]) -> Tensor:
         """-> each prompt's mean score with these values, less the reference's, in units; the same random numbers in every call."""
@@ -415,39 +413,39 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     sum_P = sum(single.values())
     kept.append({"k": len(ranked)} | mean_se(gain_P))
     return Causal(effects, {
-        "moved": len(ranked), "samples": len(after.score_B), "fresh_samples": len(sampled.scores_B), **agreement(effects, single, predicted),
+        "moved": len(ranked), "samples": len(after.score_B), "fresh_samples": len(again.reference.scores_B), **agreement(effects, single, predicted),
         "together": mean_se(together_P), "sum": mean_se(sum_P), "interaction": mean_se(together_P - sum_P),
         "kept": kept, "carriers": carriers(kept)}, sampled, before, after)
 
 
 def mean_se(x_P: Tensor) -> dict[str, float | None]:
-    """-> mean over prompts and its standard error."""
+    """-> mean (over prompts, mostly) and its standard error."""
     return {"mean": finite(x_P.mean().item()), "se": finite((x_P.std() / len(x_P) ** 0.5).item())}
 
 
 def agreement(effects: dict[Feature, dict], single: dict[Feature, Tensor], predicted: dict[Feature, Tensor]) -> dict:
-    """-> Pearson r of predicted with measured effects: on the same samples; and each half of the prompts' prediction with the other
-    half's measurement, which shares no noise with it."""
+    """-> Pearson r of predicted with measured effects: on the same samples; and of the prediction from half of the prompts with the
+    measurement on the others (both ways; each half's means are taken out, for what all its effects share is no agreement)."""
     predicted_G2 = torch.stack([predicted[feature] for feature in effects])
     measured_G2 = torch.stack([torch.stack([single[feature][half::2].mean() for half in (0, 1)]) for feature in effects])
     return {"r": correlation(predicted_G2.mean(1), measured_G2.mean(1)),
-            "r_other_prompts": correlation(predicted_G2.flatten(), measured_G2.flip(1).flatten())}
+            "r_other_prompts": correlation((predicted_G2 - predicted_G2.mean(0)).flatten(), (measured_G2 - measured_G2.mean(0)).flip(1).flatten())}
 
 
 def correlation(x_G: Tensor, y_G: Tensor) -> float | None:
-    """-> Pearson r; None of fewer than three."""
-    return finite(F.cosine_similarity(x_G - x_G.mean(), y_G - y_G.mean(), dim=0).item()) if len(x_G) > 2 else None
+    """-> Pearson r; None of fewer than three, and of numbers that are all the same."""
+    return finite(torch.corrcoef(torch.stack([x_G, y_G]))[0, 1].item()) if len(x_G) > 2 else None
 
 
-def carriers(kept: list[dict], share: float = 0.9) -> float | None:
-    """-> how many coefficients carry `share` of the gain: where the curve of (k, gain with the k strongest alone) first reaches it,
+def carriers(kept: list[dict]) -> float | None:
+    """-> how many coefficients carry 90 % of the gain (CARRIED): where the curve of (k, gain with the k strongest alone) first reaches it,
     between its points by the logarithm of k. None where the whole gain is within two standard errors of 0."""
     gain, previous = kept[-1]["mean"], {"k": 1, "mean": 0.0}
     if not gain > 2 * (kept[-1]["se"] or 0):
         return None
     for point in kept:
-        if point["mean"] >= share * gain:
-            part = (share * gain - previous["mean"]) / (point["mean"] - previous["mean"])
+        if point["mean"] >= CARRIED * gain:
+            part = (CARRIED * gain - previous["mean"]) / (point["mean"] - previous["mean"])
             return math.ceil(previous["k"] * (point["k"] / previous["k"]) ** part - 1e-9)
         previous = point
 
@@ -456,72 +454,71 @@ def carriers(kept: list[dict], share: float = 0.9) -> float | None:
 
 def plot_curves(path: Path, rows: list[dict], keys: tuple[str, ...], x_label: str) -> None:
     """One panel a key, against the step, from the lines of a metrics.jsonl."""
-    figure, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 2.6), layout="constrained")
-    for axis, key in zip(axes, keys):
+    figure = Figure((3.2 * len(keys), 2.6), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(keys)), keys):
         points = [(row["step"], row[key]) for row in rows if key in row]
         axis.plot(*zip(*points), marker="." if len(points) < 40 else None)
         axis.set(title=key, xlabel=x_label)
-    save_figure(path, figure)
+    save_figure(path, axis.figure)
 
 
 def plot_coefficients(path: Path, coefs: dict[int, Tensor]) -> None:
     """All coefficients in order of their values, a line a layer."""
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    axis = Figure((5, 3.4), layout="constrained").subplots()
     for layer, coef_F in coefs.items():
         axis.plot(coef_F.float().cpu().sort().values.numpy(), label=f"layer {layer}")
     axis.axhline(1, color="grey", linewidth=0.6)
     axis.set(xlabel="features, sorted", ylabel="coefficient c")
     if len(coefs) > 1:
         axis.legend(frameon=False)
-    save_figure(path, figure)
+    save_figure(path, axis.figure)
 
 
 def plot_frontier(path: Path, runs: dict[str, list[list[tuple[float, float]]]]) -> None:
     """Gain against KL of the learned change in part and whole: a colour for each name, a line for each of its runs (seeds), a list of (kl, gain)."""
-    figure, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
+    axis = Figure((5, 3.8), layout="constrained").subplots()
     for i, (name, seeds) in enumerate(runs.items()):
         for number, points in enumerate(seeds):
             axis.plot(*zip((0.0, 0.0), *points), marker=".", color=f"C{i}", linewidth=1, label=None if number else name)
     axis.set(xlabel="KL from the reference, nats a response", ylabel="gain, standard deviations")
-    figure.legend(loc="outside upper left", ncols=2, frameon=False)
-    save_figure(path, figure)
+    axis.figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    save_figure(path, axis.figure)
 
 
 def plot_sweep(path: Path, rows: list[dict]) -> None:
     """What each SAE explains against its L0, and, where RLHF was run, what it gains at equal KL: a colour for each objective."""
     panels = [key for key in ("fvu", "ce_recovered", "explanation_score", "gain", "carriers") if any(row.get(key) is not None for row in rows)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
-    for axis, key in zip(axes[0], panels):
+    figure = Figure((3.6 * len(panels), 3), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for i, objective in enumerate(dict.fromkeys(row["objective"] for row in rows)):
             points = sorted((row["l0"], row[key]) for row in rows if row["objective"] == objective and row.get(key) is not None)
             axis.plot(*zip(*points) if points else ((), ()), marker=".", color=f"C{i}", linewidth=1, label=objective)
         axis.set(title=key, xlabel="L0")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    save_figure(path, figure)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    save_figure(path, axis.figure)
 
 
 def plot_causal(folder: Path, effects: list[dict], kept: list[dict]) -> None:
     """effects.png: measured against predicted effects.  share.png: the gain that the k strongest coefficients reach alone, against k."""
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    axis = Figure((5, 3.4), layout="constrained").subplots()
     x, y = [effect["predicted"] for effect in effects], [effect["set_back"]["mean"] for effect in effects]
     axis.axline((0, 0), slope=1, color="grey", linewidth=0.6)
     axis.errorbar(x, y, [effect["set_back"]["se"] or 0 for effect in effects], fmt=".", linewidth=0.7)
     axis.set(xlabel="predicted: gradient × move", ylabel="measured: loss when set back, ± SE")
-    save_figure(folder / "effects.png", figure)
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    save_figure(folder / "effects.png", axis.figure)
+    axis = Figure((5, 3.4), layout="constrained").subplots()
     axis.errorbar([point["k"] for point in kept], [point["mean"] for point in kept], [point["se"] or 0 for point in kept], marker=".", linewidth=1)
-    axis.axhline(0.9 * kept[-1]["mean"], color="grey", linewidth=0.6, linestyle="--")
+    axis.axhline(CARRIED * kept[-1]["mean"], color="grey", linewidth=0.6, linestyle="--")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="features kept, strongest first; dashed: 90 % of the gain", ylabel="gain, standard deviations")
-    save_figure(folder / "share.png", figure)
+    save_figure(folder / "share.png", axis.figure)
 
 
-def save_figure(path: Path, figure: plt.Figure) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all, and free it."""
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    plt.close(figure)
     write_whole(path, lambda file: file.write(buffer.getvalue()))
 
 

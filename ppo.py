@@ -1,7 +1,7 @@
 """RLHF by PPO: the edit that is learned, the policies it is compared with, rollouts, losses, the loop, the evaluation.
 
 Dimension key: B episodes   T tokens of prompt and response   R response tokens   D hidden size   M MLP neurons   V vocabulary
-               F SAE features   A active features of the fullest token
+               F SAE features   P held-out prompts   E points of a frontier
 
 References:
     PPO: Schulman et al. 2017, arXiv:1707.06347;  GAE: Schulman et al. 2016, arXiv:1506.02438
@@ -24,13 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import Pythia, Tokenizer, UserError, check_finite, pad_left
-from sae import SAE
+from pythia import Pythia, ScoreFn, Tokenizer, UserError, check_finite, check_positive, pad
+from sae import SAE, active_product
 
 if TYPE_CHECKING:
     from train import Run
 
-ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 NEED_SAE = ("coef", "random", "random_rates")         # the last two replace its features by random directions
 POLICIES = (*NEED_SAE, "neurons", "steer", "lora", "full")
 EDITS = ("scale", "scale+bias")
@@ -45,7 +44,7 @@ class PPOConfig:
     episodes: int = 512                  # responses a rollout
     samples_per_prompt: int = 4          # responses to each prompt of a rollout
     prompt_tokens: int = 256             # longer prompts are left out; all are padded to the longest that is left
-    response_tokens: int = 24            # R; a response is cut behind its first end-of-text token
+    response_tokens: int = 24            # R; a response is cut after its first end-of-text token
     temperature: float = 1.0             # of sampling, and of the policy's and the reference's logprobs alike
     epochs: int = 1                      # passes over a rollout (Ziegler: 4; steps are small here, and a new rollout is worth more)
     minibatches: int = 4                 # optimizer steps a pass
@@ -60,23 +59,22 @@ class PPOConfig:
     gamma: float = 1.0                   # discount
     lam: float = 0.7                     # λ of GAE (Ziegler: 0.95); README, Departures, says why
     clip: float = 0.2                    # of the ratio, and of the value around its old value
-    vf_coef: float = 0.1                 # weight of the value loss (Ziegler)
     kl_coef: float = 0.05                # β at the start, with scores of unit standard deviation
     kl_target: float = 6.0               # nats a response that the controller of β aims at (Ziegler)
     kl_horizon: float = 10.0             # iterations; 10,000 episodes in Ziegler's code
     keep: int = 0                        # how many numbers an edit may move in the end, chosen after ¾ of the iterations (see keep_few); 0: all
-    screen: int = 4                      # with `keep`: rollouts of the reference by which they are chosen
+    keep_rollouts: int = 4               # with `keep`: rollouts of the reference by which they are chosen
     kl_stop: float = 20.0                # nats a response; a policy farther than this from the reference has diverged, and training ends
     eval_size: int = 128                 # held-out prompts of an evaluation, the first of their file
     eval_samples: int = 8                # samples for each of them
     checkpoint_seconds: float = 120.0    # between resumable states
 
     def __post_init__(self):
-        for name in ("iterations", "episodes", "samples_per_prompt", "prompt_tokens", "response_tokens", "temperature", "epochs", "minibatches",
-                     "micro_batch", "generate_batch", "screen", "kl_target", "kl_horizon", "kl_stop", "eval_size", "eval_samples",
-                     "lora_rank"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--rlhf-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        check_positive(self, "rlhf", "iterations", "episodes", "samples_per_prompt", "prompt_tokens", "response_tokens", "temperature", "epochs",
+                       "minibatches", "micro_batch", "generate_batch", "lora_rank", "critic_lr", "adam_eps", "clip", "kl_target", "kl_horizon",
+                       "keep_rollouts", "kl_stop", "eval_size", "eval_samples")
+        if min(self.lr, self.kl_coef, self.keep) < 0 or not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
+            raise UserError("--rlhf-lr, --rlhf-kl-coef and --rlhf-keep must not be negative, --rlhf-gamma and --rlhf-lam lie between 0 and 1")
         if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
             raise UserError("--rlhf-episodes must be a multiple of --rlhf-samples-per-prompt and of --rlhf-minibatches")
         if self.keep and self.iterations < 2:
@@ -85,18 +83,21 @@ class PPOConfig:
 
 # ----------------------------------------------------------------------------------------------------------------- the edit
 
-# An edit is a module with three methods; its parameters are what RLHF learns.
-#     forward(mlp_BTD, neurons_BTM) -> change_BTD, which Pythia adds to the residual stream behind its layer; 0 at the start
-#     encode(mlp_BTD, neurons_BTM) -> what the change needs to know of the tokens and does not depend on what is learned: computed once a rollout
-#     change(what encode gave) -> change_BTD, the same as forward's, through which PPO's gradient reaches the parameters
+class Edit(nn.Module):
+    """A change of one layer's MLP output, 0 at the start; its parameters are what RLHF learns. A kind of edit has
 
-class SparseFeatures(NamedTuple):
-    """Features of tokens, active ones only: ids_BTA and values_BTA, padded with value 0 (and id 0), so that `select` can take episodes."""
-    ids_BTA: Tensor
-    values_BTA: Tensor
+        encode(mlp_BTD, neurons_BTM) -> what the change needs to know of the tokens and does not depend on what is learned
+        change(what encode gave) -> change_BTD, through which PPO's gradient reaches the parameters
+
+    so that PPO can encode once a rollout.
+    """
+
+    def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
+        """-> change_BTD, which Pythia adds to the residual stream after its layer."""
+        return self.change(self.encode(mlp_BTD, neurons_BTM)).to(mlp_BTD.dtype)
 
 
-class FeatureScale(nn.Module):
+class FeatureScale(Edit):
     """m' = m + ((c − 1) ⊙ f(m)) W_dec: scale each SAE feature's output vector, pass the SAE's error through.
 
     With `bias`: m' = m + ((c − 1) ⊙ f(m) + b) W_dec, b an always-on push along each feature vector. coef_F = 1 and bias_F = 0
@@ -111,58 +112,34 @@ class FeatureScale(nn.Module):
         self.bias_F = nn.Parameter(torch.zeros_like(sae.b_enc_F)) if bias else None
         self.vector_D = nn.Parameter(torch.zeros_like(sae.b_dec_D)) if vector else None
 
-    def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
-        """-> change_BTD. As change(encode(…)), but in sampling, step by step, padding would cost more than all else."""
-        features_NF = self.features(mlp_BTD).flatten(0, 1)
-        row_X, id_X = features_NF.nonzero(as_tuple=True)                                       # X: all active features of all tokens
-        count_N = torch.bincount(row_X, minlength=len(features_NF))
-        return self.add_up(id_X, features_NF[row_X, id_X], count_N).view_as(mlp_BTD).to(mlp_BTD.dtype)
-
-    def features(self, mlp_BTD: Tensor) -> Tensor:
-        """-> features_BTF, which do not depend on what is learned here."""
+    def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
+        """-> features_BTF."""
         return self.sae.encode(mlp_BTD.to(self.sae.W_dec_FD.dtype).contiguous())               # a slice of T would become B small products
 
-    def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> SparseFeatures:
-        """-> the same, active ones only."""
-        return sparse(self.features(mlp_BTD))
-
-    def change(self, features: SparseFeatures) -> Tensor:
-        """What `encode` gives -> change_BTD. Here PPO's gradient reaches c, by autograd: ∂loss/∂c_i = Σ over tokens of
+    def change(self, features_BTF: Tensor) -> Tensor:
+        """((c − 1) ⊙ f + b) W_dec + v -> change_BTD. Here PPO's gradient reaches c, by autograd: ∂loss/∂c_i = Σ over tokens of
         f_i · (d_i · ∂loss/∂change), d_i the feature's vector."""
-        B, T, A = features.ids_BTA.shape
-        active_NA = features.values_BTA.view(-1, A) != 0
-        id_X, value_X = (part_BTA.view(-1, A)[active_NA] for part_BTA in features)
-        return self.add_up(id_X, value_X, active_NA.sum(1)).view(B, T, -1)
-
-    def add_up(self, id_X: Tensor, value_X: Tensor, count_N: Tensor) -> Tensor:
-        """((c − 1) ⊙ f + b) W_dec + v -> change_ND, from active features, token by token, each token's number of them in count_N. Some 30
-        of thousands are active at a token; only theirs are added up."""
-        scale_X = (self.coef_F - 1).index_select(0, id_X) * value_X
-        start_N = count_N.cumsum(0) - count_N                                                  # where each token's begin
-        change_ND = F.embedding_bag(id_X, self.sae.W_dec_FD, start_N, per_sample_weights=scale_X, mode="sum")
+        change_ND = active_product(features_BTF.flatten(0, 1), self.sae.W_dec_FD, self.coef_F - 1)
         if self.bias_F is not None:
             change_ND = change_ND + self.bias_F @ self.sae.W_dec_FD
-        return change_ND if self.vector_D is None else change_ND + self.vector_D
+        if self.vector_D is not None:
+            change_ND = change_ND + self.vector_D
+        return change_ND.view(*features_BTF.shape[:2], -1)
 
-    def gradients(self, features: SparseFeatures, gradient_BTD: Tensor) -> dict[str, Tensor]:
+    def gradients(self, features_BTF: Tensor, gradient_BTD: Tensor) -> dict[str, Tensor]:
         """A gradient by the change -> that by coef_F, bias_F and vector_D, episode by episode, (B, …): for `keep_few` alone."""
         along_BTF = gradient_BTD.to(self.sae.W_dec_FD.dtype) @ self.sae.W_dec_FD.T
-        each_BTA = along_BTF.gather(-1, features.ids_BTA) * features.values_BTA
-        coef_BF = along_BTF.new_zeros(len(along_BTF), self.sae.num_features).scatter_add(1, features.ids_BTA.flatten(1), each_BTA.flatten(1))
-        found = {"coef_F": coef_BF, "bias_F": along_BTF.sum(1), "vector_D": gradient_BTD.sum(1)}
+        found = {"coef_F": (along_BTF * features_BTF).sum(1), "bias_F": along_BTF.sum(1), "vector_D": gradient_BTD.sum(1)}
         return {name: found[name] for name, _ in self.named_parameters(recurse=False)}
 
 
-class NeuronScale(nn.Module):
+class NeuronScale(Edit):
     """A control: m' = m + ((c − 1) ⊙ n) W_out, one coefficient for each of the MLP's own neurons n; no dictionary was learned."""
 
     def __init__(self, mlp: nn.Module):
         super().__init__()
         self.W_out_DM = mlp.dense_4h_to_h.weight             # nn.Linear keeps it this way round
         self.coef_M = nn.Parameter(torch.ones(self.W_out_DM.shape[1], device=self.W_out_DM.device))
-
-    def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
-        return self.change(neurons_BTM)
 
     def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
         return neurons_BTM
@@ -171,15 +148,12 @@ class NeuronScale(nn.Module):
         return F.linear(((self.coef_M - 1) * neurons_BTM).to(self.W_out_DM.dtype), self.W_out_DM)
 
 
-class Steer(nn.Module):
+class Steer(Edit):
     """A control: m' = m + v, one vector added everywhere (activation addition; Turner et al. 2023, arXiv:2308.10248), v = 0 at the start."""
 
     def __init__(self, hidden_size: int, device: torch.device):
         super().__init__()
         self.vector_D = nn.Parameter(torch.zeros(hidden_size, device=device))
-
-    def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
-        return self.vector_D.to(mlp_BTD.dtype)
 
     def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> None:
         return None
@@ -188,27 +162,13 @@ class Steer(nn.Module):
         return self.vector_D
 
 
-def sparse(features_BTF: Tensor) -> SparseFeatures:
-    """Keep the active features only. Gradients flow through the values."""
-    B, T, _ = features_BTF.shape
-    flat_NF = features_BTF.flatten(0, 1)
-    row_X, id_X = flat_NF.nonzero(as_tuple=True)                   # X: all active features of all tokens, token by token
-    count_N = torch.bincount(row_X, minlength=B * T)
-    place_X = torch.arange(len(row_X), device=row_X.device) - (count_N.cumsum(0) - count_N)[row_X]
-    A = max(1, int(count_N.max()))
-    ids_NA = torch.zeros(B * T, A, dtype=torch.long, device=row_X.device)
-    ids_NA[row_X, place_X] = id_X
-    values_NA = flat_NF.new_zeros(B * T, A).index_put((row_X, place_X), flat_NF[row_X, id_X])
-    return SparseFeatures(ids_NA.view(B, T, A), values_NA.view(B, T, A))
-
-
 # ----------------------------------------------------------------------------------------------------------------- policies
 
 class Trunk(NamedTuple):
-    """What of a rollout does not depend on the learned parameters, one row an episode; T without the last token, which predicts nothing."""
+    """The parts of a rollout that do not depend on what is learned, one row an episode; T without the last token, which predicts nothing."""
     ref_hidden_BRD: Tensor               # the reference's final hidden states at the positions that predict the response
     resid_BTD: Tensor | None = None      # after the lowest edited layer, without its edit
-    features: SparseFeatures | Tensor | None = None      # what that layer's edit needs to know: features, or the MLP's neurons
+    features: Tensor | None = None       # what that layer's edit needs to know: features_BTF, or the MLP's neurons_BTM
 
 
 class Policy:
@@ -262,12 +222,15 @@ class EditPolicy(Policy):
     r + change and the layers above. Features of higher edited layers do depend on it and are computed anew, with gradient.
     """
 
-    def __init__(self, model: Pythia, edits: dict[int, nn.Module], default_lr: float = 0.6):
+    def __init__(self, model: Pythia, edits: dict[int, Edit], default_lr: float = 0.6):
         self.model = self.reference = model
         self.default_lr = default_lr
         self.edits = edits
         self.lowest = min(edits)
-        self.start = {name: p.detach().clone() for name, p in self.trainable().items()}.get
+        self.initial = {name: p.detach().clone() for name, p in self.trainable().items()}
+
+    def start(self, name: str) -> Tensor:
+        return self.initial[name]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"{layer}.{name}": p for layer, edit in self.edits.items() for name, p in edit.named_parameters() if p.requires_grad}
@@ -284,9 +247,10 @@ class EditPolicy(Policy):
         return self.model.hidden_from(edited_BTD, self.lowest, mask_BT[:, :-1], self.edits, last=R)
 
     def learning_rates(self, lr: float, learns: dict[str, Tensor]) -> list[tuple[list[nn.Parameter], float]]:
-        """lr is how far one step may push a token. A bias or a vector acts on every token, together with all others: of n biases, whose random
-        unit vectors Adam's ±1 adds up to a length of √(n + 2n²/πD), each takes so much less, of a vector's D numbers √D. Coefficients beside
-        them take a quarter: at lr, the noise of thousands of them would cost as much KL as all biases."""
+        """Adam moves each number by about lr a step. A coefficient acts only where its feature fires; a bias or a vector acts on every token, and
+        their moves add up. To keep a step's push near lr, a vector's numbers take lr/√D, and each of n biases lr/√(n + 2n²/πD), for that is the
+        expected length of Σ ±d_i where one gradient chooses the signs. Coefficients beside them take lr/4: at lr, the noise of thousands of
+        them would cost as much KL as all biases."""
         lr, D, found = lr or self.default_lr, self.model.cfg.hidden_size, []
         biased = any(".bias_" in name for name in self.trainable())
         for name, p in self.trainable().items():
@@ -356,16 +320,19 @@ class LoRAPolicy(WeightPolicy):
         return torch.zeros_like(now) if name.endswith("B_KD") else now
 
 
+def check_policy(name: str, edit: str, cfg: PPOConfig) -> None:
+    """UserError where there is no such policy, or it has no such edit."""
+    for option, value, valid in (("--policy", name, POLICIES), ("--edit", edit, EDITS)):
+        if value not in valid:
+            raise UserError(f"{option} {value}: choose from {', '.join(valid)}")
+    if name not in NEED_SAE and (cfg.keep or edit != "scale"):
+        option = "--rlhf-keep" if cfg.keep else f"--edit {edit}"
+        raise UserError(f"{option} is for coefficients of features: --policy {', '.join(NEED_SAE)}, not {name}")
+
+
 def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: PPOConfig, edit: str = "scale", seed: int = 0) -> Policy:
     """-> the policy of `--policy`, on `layers`; `saes` holds each one's SAE (`coef`) or the random dictionary in its place."""
-    if name not in POLICIES:
-        raise UserError(f"--policy {name}: choose from {', '.join(POLICIES)}")
-    if edit not in EDITS:
-        raise UserError(f"--edit {edit}: choose from {', '.join(EDITS)}")
-    if cfg.keep and name not in NEED_SAE:
-        raise UserError(f"--rlhf-keep chooses among coefficients of features: --policy {', '.join(NEED_SAE)}, not {name}")
-    if edit != "scale" and name not in NEED_SAE:
-        raise UserError(f"--edit {edit} is for coefficients of features: --policy {', '.join(NEED_SAE)}, not {name}")
+    check_policy(name, edit, cfg)
     bias = edit == "scale+bias"
     if name == "full":
         if model.dtype.itemsize < 4:
@@ -385,30 +352,30 @@ def keep_few(policy: EditPolicy, prompts: "Prompts", cfg: PPOConfig, generator: 
     all others, and vectors, back to their start exactly -> by parameter, 1 for the numbers that are kept.
 
     Nearest in KL: near the reference, policies moved by δ and by δ' are ½ mean (s·δ − s·δ')² nats apart, with s an episode's gradient of
-    log π; here from `cfg.screen` rollouts of the reference. N: their episodes, K: all coefficients and biases.
+    log π; here from `cfg.keep_rollouts` rollouts of the reference. N: their episodes, K: all coefficients and biases.
     """
     numbers, start, parts = policy.state_dict(), policy.part_way(0.0), []
     moved = {name: p - start[name] for name, p in numbers.items()}
     with policy.holding(start):
-        for _ in tqdm(range(cfg.screen), desc="screen"):
+        for _ in tqdm(range(cfg.keep_rollouts), desc="keep"):
             drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
             rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
             parts += [episode_gradients(policy, select(rollout, rows), cfg) for rows in slices(cfg.episodes, cfg.micro_batch)]
     grads = {name: torch.cat([part[name] for part in parts]) for name in numbers}
     learned_N = sum(grads[name] @ step for name, step in moved.items())                        # s·δ of all that was learned
-    few = [name for name in numbers if ".vector_" not in name]
-    grad_NK = torch.cat([grads[name] for name in few], 1)
+    candidates = [name for name in numbers if ".vector_" not in name]
+    grad_NK = torch.cat([grads[name] for name in candidates], 1)
     chosen, step_C = forward_selection(grad_NK, grad_NK.T @ learned_N / len(learned_N), cfg.keep)
-    sizes, zeros_K = [numbers[name].numel() for name in few], torch.zeros_like(grad_NK[0])
-    steps = dict(zip(few, zeros_K.index_copy(0, chosen, step_C).split(sizes)))
-    kept = dict(zip(few, zeros_K.index_fill(0, chosen, 1.0).split(sizes)))
+    sizes, zeros_K = [numbers[name].numel() for name in candidates], torch.zeros_like(grad_NK[0])
+    steps = dict(zip(candidates, zeros_K.index_copy(0, chosen, step_C).split(sizes)))
+    kept = dict(zip(candidates, zeros_K.index_fill(0, chosen, 1.0).split(sizes)))
     policy.load_state_dict({name: p + steps.get(name, 0.0) for name, p in start.items()})
     return {name: kept.get(name, torch.zeros_like(p)) for name, p in start.items()}
 
 
 def episode_gradients(policy: EditPolicy, batch: "Rollout", cfg: PPOConfig) -> dict[str, Tensor]:
     """-> the gradient of an episode's log π by each of the policy's numbers, {name: (B, numbers)}; for a policy at its start, where every
-    change is 0. One backward pass to the residual stream behind each edited layer tells them all."""
+    change is 0. One backward pass to the residual stream after each edited layer tells them all."""
     probes = {layer: torch.zeros_like(batch.trunk.resid_BTD, requires_grad=True) for layer in policy.edits}
     features = {policy.lowest: batch.trunk.features}
 
@@ -431,19 +398,19 @@ def forward_selection(grad_NK: Tensor, target_K: Tensor, number: int, ridge: flo
 
     F is the Fisher information, the mean of s sᵀ over N episodes' gradients s of log π (`grad_NK`); ½ δᵀFδ is the KL of a small step. With
     target = Fδ*, δ is the nearest in KL to a step δ*; with the policy gradient g, it is the natural gradient F⁻¹g (Kakade 2001). The
-    numbers are chosen one by one, each time the one that is most missed: orthogonal matching pursuit (Pati et al. 1993), in units in which
+    numbers are chosen one by one, each time the one with the largest residual: orthogonal matching pursuit (Pati et al. 1993), in units in which
     F has diagonal 1, with a ridge against noise. Features that say the same are not chosen twice.
     """
     N, size_K = len(grad_NK), grad_NK.square().mean(0).sqrt().clamp(min=1e-8)
     grad_NK, target_K = grad_NK / size_K, target_K / size_K
-    chosen, missed_K = [], target_K.abs()
-    for _ in range(min(number, len(missed_K))):
-        chosen.append(int(missed_K.argmax()))
+    chosen, residual_K = [], target_K.abs()
+    for _ in range(min(number, len(residual_K))):
+        chosen.append(int(residual_K.argmax()))
         some_NC = grad_NK[:, chosen]                # C: those chosen so far
         step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), target_K[chosen])
-        missed_K = (target_K - grad_NK.T @ (some_NC @ step_C) / N).abs()
-        missed_K[chosen] = -1.0
-    chosen = torch.tensor(chosen, device=missed_K.device)
+        residual_K = (target_K - grad_NK.T @ (some_NC @ step_C) / N).abs()
+        residual_K[chosen] = -1.0
+    chosen = torch.tensor(chosen, device=residual_K.device)
     return chosen, step_C / size_K[chosen]
 
 
@@ -496,11 +463,8 @@ def select(value: Any, rows: Tensor | slice) -> Any:
 
 
 def join(parts: Sequence) -> Any:
-    """The reverse of `select`: one value of many parts, in order. Sparse features are padded to the widest part."""
+    """The reverse of `select`: one value of many parts, in order."""
     first = parts[0]
-    if isinstance(first, SparseFeatures):
-        A = max(part.ids_BTA.shape[-1] for part in parts)
-        return SparseFeatures(*(torch.cat([F.pad(t, (0, A - t.shape[-1])) for t in tensors]) for tensors in zip(*parts)))
     if isinstance(first, tuple):
         return type(first)(*map(join, zip(*parts)))
     return None if first is None else torch.cat(parts)
@@ -512,9 +476,9 @@ def collect_rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, 
     """Sample one response a row of the prompts, and compute all that an iteration needs of them, in micro-batches."""
     parts = []
     for rows in slices(len(prompt_BT), cfg.generate_batch):
-        steps = []
-        tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg, generator, steps)
-        seen = [torch.cat(pieces, dim=1) for pieces in zip(*steps)]
+        record = []
+        tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg, generator, record)
+        seen = [torch.cat(pieces, dim=1) for pieces in zip(*record)]
         parts += [make_rollout(policy, tokens_BT[micro], mask_BT[micro], cfg, [seen_BT[micro] for seen_BT in seen])
                   for micro in slices(len(tokens_BT), cfg.micro_batch)]
     return join(parts)
@@ -526,11 +490,11 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 
 def respond(model: Pythia, edits: dict, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
-            generator: torch.Generator, steps: list | None = None) -> tuple[Tensor, Tensor]:
-    """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out. For `steps`, of one
+            generator: torch.Generator, record: list | None = None) -> tuple[Tensor, Tensor]:
+    """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out. For `record`, of one
     `generate_batch`, see Pythia.generate."""
     R = cfg.response_tokens
-    tokens_BT = torch.cat([model.generate(prompt_BT[rows], R, prompt_mask_BT[rows], cfg.temperature, edits, generator, steps)
+    tokens_BT = torch.cat([model.generate(prompt_BT[rows], R, prompt_mask_BT[rows], cfg.temperature, edits, generator, record)
                            for rows in slices(len(prompt_BT), cfg.generate_batch)])
     ended_BR = (tokens_BT[:, -R:] == end_of_text).long()
     mask_BR = (ended_BR.cumsum(1) - ended_BR == 0).long()
@@ -559,6 +523,12 @@ def next_logprobs(model: Pythia, hidden_BRD: Tensor, temperature: float) -> Tens
     return torch.log_softmax(logits_BRV if temperature == 1 else logits_BRV / temperature, dim=-1)         # no needless pass over the largest tensor
 
 
+def response_logprobs(policy: Policy, batch: Rollout, cfg: PPOConfig) -> Tensor:
+    """-> logprobs_BR of responses by the policy as it is now; of an edited model only the layers above the lowest edit are run."""
+    hidden_BRD = policy.hidden(batch.tokens_BT, batch.mask_BT, cfg.response_tokens, batch.trunk)
+    return pick(next_logprobs(policy.model, hidden_BRD, cfg.temperature), batch.tokens_BT[:, -cfg.response_tokens:])
+
+
 def pick(logprobs_BRV: Tensor, tokens_BR: Tensor) -> Tensor:
     """-> the logprob of each token that was sampled, logprobs_BR."""
     return logprobs_BRV.gather(-1, tokens_BR[..., None]).squeeze(-1)
@@ -577,7 +547,7 @@ def kl_rewards(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, scores_B: Tensor, m
 def gae(rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation -> (advantages_BR, returns_BR), 0 outside the mask.
 
-    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γ λ A_{t+1},  return = A_t + V_t; the value behind the last token is 0.
+    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γ λ A_{t+1},  return = A_t + V_t; the value after the last token is 0.
     """
     rewards_BR, values_BR = rewards_BR * mask_BR, values_BR * mask_BR
     advantages_BR = torch.zeros_like(rewards_BR)
@@ -613,11 +583,11 @@ class AdaptiveKL:
 
 class Losses(NamedTuple):
     """Scalars, under the names of the log."""
-    loss: Tensor                         # the two below, weighted: what is minimised
+    loss: Tensor                         # the sum of the two below: what is minimised
     policy_loss: Tensor
     value_loss: Tensor
     approx_kl: Tensor                    # ½ mean (logπ − logπold)², how far the policy is from the one that sampled
-    clipfrac: Tensor                     # share of tokens whose ratio is clipped
+    clipfrac: Tensor                     # share of tokens where the clip decides the loss
     vf_clipfrac: Tensor
     ratio: Tensor                        # mean of π / πold
 
@@ -626,6 +596,8 @@ def ppo_loss(logprobs_BR: Tensor, values_BR: Tensor, batch: Rollout, advantages_
     """Clipped surrogate and clipped value loss, means over the mask (Schulman et al. 2017; Ziegler):
 
         max(−A ρ, −A clip(ρ, 1 ± ε)),  ρ = π / πold      ½ max((V − return)², (Vold + clip(V − Vold, ±ε) − return)²)
+
+    Ziegler weighs the second by 0.1, where the critic shares the policy's weights. Here it does not, and Adam's steps do not see a factor.
     """
     mask_BR = batch.mask_BR
     log_ratio_BR = (logprobs_BR - batch.logprobs_BR) * mask_BR
@@ -636,7 +608,7 @@ def ppo_loss(logprobs_BR: Tensor, values_BR: Tensor, batch: Rollout, advantages_
     error_BR, near_error_BR = (values_BR - returns_BR).square(), (near_BR - returns_BR).square()
     policy = masked_mean(torch.maximum(plain_BR, clipped_BR), mask_BR)
     value = 0.5 * masked_mean(torch.maximum(error_BR, near_error_BR), mask_BR)
-    return Losses(policy + cfg.vf_coef * value, policy, value, 0.5 * masked_mean(log_ratio_BR.square(), mask_BR),
+    return Losses(policy + value, policy, value, 0.5 * masked_mean(log_ratio_BR.square(), mask_BR),
                   masked_mean((clipped_BR > plain_BR).float(), mask_BR), masked_mean((near_error_BR > error_BR).float(), mask_BR),
                   masked_mean(ratio_BR, mask_BR))
 
@@ -644,8 +616,8 @@ def ppo_loss(logprobs_BR: Tensor, values_BR: Tensor, batch: Rollout, advantages_
 # ----------------------------------------------------------------------------------------------------------------- the loop
 
 class Prompts:
-    """Token ids of prompts, each behind an end-of-text token, padded on the left to one length: tokens_BT, mask_BT. Prompts of more than
-    `longest` tokens, or too long for the model's context with a response behind them, are left out; UserError where none is left."""
+    """Token ids of prompts, each after an end-of-text token, padded on the left to one length: tokens_BT, mask_BT. Prompts of more than
+    `longest` tokens, or too long for the model's context with a response after them, are left out; UserError where none is left."""
 
     def __init__(self, texts: list[str], tokenizer: Tokenizer, response_tokens: int, max_positions: int, device: torch.device,
                  longest: int = 256, number: int | None = None):
@@ -657,11 +629,11 @@ class Prompts:
             raise UserError(f"{told}: shorten them")
         if len(fitting) < len(rows):
             print(f"{told}: left out")
-        self.tokens_BT, self.mask_BT = (t.to(device) for t in pad_left(fitting[:number], tokenizer.end_of_text))
+        self.tokens_BT, self.mask_BT = pad(fitting[:number], tokenizer.end_of_text, "left", device)
         self.end_of_text = tokenizer.end_of_text
 
     def draw(self, number: int, repeats: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """-> tokens and mask of `number` prompts at random, each `repeats` times; none is drawn again before all were."""
+        """-> tokens and mask of `number` prompts at random, each `repeats` times; in one call none is drawn again before all were."""
         rounds = -(-number // len(self.tokens_BT))
         order = torch.cat([torch.randperm(len(self.tokens_BT), generator=generator) for _ in range(rounds)])[:number]
         order = order.repeat_interleave(repeats).to(self.tokens_BT.device)
@@ -682,8 +654,8 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
 
-    parts = {"policy": policy, "learns": learns, "critic": critic, "optimizer": optimizer, "kl": vars(kl), "standardize": vars(standardize),
-             "generator": generator}                 # all that a resumed run needs; `restore` writes into them, through vars() into the attributes
+    parts = {"policy": policy, "learns": learns, "critic": critic, "optimizer": optimizer, "kl": vars(kl),           # vars: its attributes themselves
+             "generator": generator}
     first = run.restore(**parts)
     bar = tqdm(range(first, cfg.iterations), desc="rlhf", initial=first, total=cfg.iterations)
     for iteration in bar:
@@ -697,7 +669,8 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
         rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
         rollout = score(rollout, score_fn, standardize, critic, cfg)
-        check_finite(where := f"rlhf, step {iteration}", activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
+        where = f"rlhf, step {iteration}"
+        check_finite(where, activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
                      value=rollout.values_BR, kl=rollout.kl_BR)
         if rollout.mean_kl > cfg.kl_stop:
             run.log(step=iteration, diverged=rollout.mean_kl)
@@ -714,24 +687,24 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         run.log(step=iteration, **figures)
         bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{figures['kl']:.2f}", changed=figures["n_changed"])
         run.checkpoint(iteration + 1, cfg.checkpoint_seconds, **parts)
-    if cfg.keep and policy.n_changed() > cfg.keep:   # it diverged before they were chosen
-        keep_few(policy, prompts, cfg, generator)
+    vectors = [p for name, p in policy.state_dict().items() if cfg.keep and ".vector_" in name]
+    if cfg.keep and (policy.n_changed() > cfg.keep or any(vector_D.any() for vector_D in vectors)):
+        keep_few(policy, prompts, cfg, generator)    # it diverged before they were chosen
     for edit in policy.edits.values() if cfg.keep else ():
         edit.vector_D = None                         # it is 0 now
     return policy
 
 
 def update_policy(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, learns: dict[str, Tensor], rollout: Rollout,
-                  advantages_BR: Tensor, returns_BR: Tensor, cfg: PPOConfig, generator: torch.Generator, where: str = "update") -> dict:
+                  advantages_BR: Tensor, returns_BR: Tensor, cfg: PPOConfig, generator: torch.Generator, where: str) -> dict:
     """`epochs` passes over the rollout in shuffled minibatches -> means of the losses over all of them."""
-    size, R, figures = cfg.episodes // cfg.minibatches, cfg.response_tokens, []
+    size, figures = cfg.episodes // cfg.minibatches, []
     for _ in range(cfg.epochs):
         for rows in torch.randperm(cfg.episodes, generator=generator).to(advantages_BR.device).split(size):
             optimizer.zero_grad()
             for micro in rows.split(cfg.micro_batch):              # gradients add up over micro-batches
                 batch = select(rollout, micro)
-                hidden_BRD = policy.hidden(batch.tokens_BT, batch.mask_BT, R, batch.trunk)
-                logprobs_BR = pick(next_logprobs(policy.model, hidden_BRD, cfg.temperature), batch.tokens_BT[:, -R:])
+                logprobs_BR = response_logprobs(policy, batch, cfg)
                 values_BR = critic(batch.prefix_scores_BR, batch.trunk.ref_hidden_BRD)
                 losses = ppo_loss(logprobs_BR, values_BR, batch, advantages_BR[micro], returns_BR[micro], cfg)
                 share = batch.mask_BR.sum() / rollout.mask_BR[rows].sum()      # of the minibatch's tokens: the mean is over all of them
@@ -782,11 +755,10 @@ def score_in_batches(score_fn: Callable[..., Tensor], tokens_BT: Tensor, mask_BT
     return torch.cat([score_fn(tokens_BT[rows], mask_BT[rows], *options).float() for rows in slices(len(tokens_BT), size)])
 
 
-class Standardize:
+class Standardize(NamedTuple):
     """Scores to mean 0 and standard deviation 1 on the reference's samples, so that clips and β mean the same for every reward."""
-
-    def __init__(self, mean: float, std: float):
-        self.mean, self.std = mean, std
+    mean: float
+    std: float
 
     @classmethod
     def by_reference(cls, policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfig, generator: torch.Generator) -> "Standardize":
@@ -823,7 +795,7 @@ class Evaluation:
     reward_loss      mean −log σ(score_policy − score_ref), sample by sample: the reward model's own loss on "the policy's answer
                      is better"; exactly ln 2 with nothing learned
     kl               mean over the policy's samples of the exact KL(policy ‖ reference) summed over the response, nats
-    entropy          mean entropy of the policy's next-token distributions, nats a token
+    entropy          mean entropy of the policy's next-token distributions, nats a token (as KL and perplexity, at --rlhf-temperature)
     distinct_2       share of different ones among all pairs of neighbouring response tokens; ref_distinct_2: of the reference's samples
     ref_perplexity   of the policy's responses under the reference
     """

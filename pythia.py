@@ -3,8 +3,8 @@
 The whole model is here, one class a part, smallest first; parameters are named as in the published checkpoints.
 
 Dimension key (suffixes of tensor names, after Shazeer):
-    B batch   T tokens   S tokens attended to (with a cache: past and present)   R response tokens   N rows (tokens, flattened)
-    D hidden size   H heads   K head size   M MLP neurons   F SAE features   V vocabulary
+    B batch   T tokens   S tokens attended to (with a cache: past and present)   R response tokens
+    D hidden size   H heads   K head size   M MLP neurons   L layers   V vocabulary
 
 References:
     GPT-NeoX-20B, Black et al. 2022, arXiv:2204.06745
@@ -13,6 +13,7 @@ References:
 """
 
 import contextlib
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -22,10 +23,12 @@ import math
 import mmap
 import os
 import re
+import ssl
 import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,10 +39,12 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Edits = dict[int, Callable[[Tensor, Tensor], Tensor]]            # layer -> edit(mlp_BTD, neurons_BTM) -> change_BTD, see Pythia
+ScoreFn = Callable[[Tensor, Tensor], Tensor]                     # a reward: (tokens_BT, mask_BT) -> scores_B, higher is better
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -50,12 +55,12 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def reading(source: object, complaint: str) -> Iterator[None]:
-    """A UserError of one line, "source: complaint: reason", in place of whatever a stranger's file makes go wrong inside."""
+    """Errors of reading and parsing inside the block become one UserError, "source: complaint: reason"."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:      # a RecursionError is one
+    except (OSError, EOFError, zlib.error, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
         raise UserError(f"{source}: {complaint}: {reason[:300]}") from None
 
@@ -67,10 +72,17 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """-> whether the hardware does: a GPU from Ampere on, few CPUs."""
+    """-> whether the hardware has matrix products in bfloat16: a GPU from Ampere on, few CPUs."""
     if device.type == "cpu":
         return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_positive(config: object, stage: str, *names: str) -> None:
+    """UserError that names the first of these fields of a stage's configuration that is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"--{stage}-{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
 
 
 def check_finite(where: str, optimizer: torch.optim.Optimizer | None = None, **quantities: Tensor | float) -> None:
@@ -107,6 +119,8 @@ class PythiaConfig:
         sizes = (self.vocab_size, self.hidden_size, self.num_layers, self.num_heads, self.intermediate_size, self.max_positions)
         if not all(type(size) is int and 0 < size < 2 ** 24 for size in sizes) or self.num_layers > 1000:
             raise UserError(f"model config: sizes must be positive whole numbers below 2 ** 24, layers at most 1000, found {sizes}")
+        if not type(self.parallel_residual) is type(self.tie_embeddings) is bool:
+            raise UserError("model config: use_parallel_residual and tie_word_embeddings must be true or false")
         if self.hidden_size % self.num_heads:
             raise UserError(f"model config: hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads")
         if not all(math.isfinite(value) and value > 0 for value in (self.layer_norm_eps, self.rotary_base)):
@@ -134,7 +148,11 @@ class PythiaConfig:
                     or rope.get("rope_type", "default") != "default" or config.get("rope_scaling")):
                 raise UserError(f"{source}: only exact GELU, attention with biases and plain rotary embeddings are supported, as in Pythia")
             fields = {ours: config[theirs] for theirs, ours in CONFIG_NAMES.items() if theirs in config}
-            return cls(**fields | {ours: rope[theirs] for theirs, ours in ROPE_NAMES.items() if theirs in rope})
+            fields |= {ours: rope[theirs] for theirs, ours in ROPE_NAMES.items() if theirs in rope}
+            try:
+                return cls(**fields)
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from None
 
     def to_json(self, dtype: torch.dtype) -> dict:
         """The config.json that every version of transformers reads: both spellings of the rotary fields and of the dtype."""
@@ -183,6 +201,7 @@ class KVCache:
     def __init__(self, cfg: PythiaConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype):
         shape = (2, cfg.num_layers, batch, cfg.num_heads, max_tokens, cfg.head_size)
         self.key_LBHSK, self.value_LBHSK = torch.empty(shape, device=device, dtype=dtype)
+        self.rotary = Rotary(cfg, max_tokens, device, dtype)
         self.length = 0                              # tokens held; moved on by Pythia once all layers have appended
 
     def append(self, layer: int, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +241,8 @@ class Attention(nn.Module):
         query_BHTK, key_BHSK, value_BHSK = (x_BTHK.transpose(1, 2) for x_BTHK in (*turned_BTH2K.unbind(3), qkv_BTH3K[..., 2, :]))
         if cache:
             key_BHSK, value_BHSK = cache.append(self.layer, key_BHSK, value_BHSK)
-        # Softmax runs in float32 inside. A single new token sees all that is cached, so only T > 1 needs the causal mask.
+        # Softmax runs in float32 inside. A single new token sees all that is cached, so only T > 1 needs the causal mask; it comes while the
+        # cache is empty, for `is_causal` aligns queries with the first keys.
         mixed_BHTK = F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=attend_BHTS,
                                                     is_causal=attend_BHTS is None and T > 1)
         return self.dense(mixed_BHTK.transpose(1, 2).reshape(B, T, D))
@@ -254,7 +274,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, attend_BHTS: Tensor | None, cache: KVCache | None,
                 last: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """-> the residual stream after the block, the MLP's output m_BTD, the MLP's neurons_BTM; with `last` of so many last positions only."""
+        """-> the residual stream after the block, the MLP's output m_BTD, the MLP's neurons_BTM; `last`: only the last so many positions (0: all)."""
         h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD), rotary, attend_BHTS, cache)
         x_BTD, h_BTD = x_BTD[:, -last:], h_BTD[:, -last:]          # -0: is all
         mlp_BTD, neurons_BTM = self.mlp(self.post_attention_layernorm(x_BTD if self.parallel else h_BTD))
@@ -303,8 +323,8 @@ class Pythia(nn.Module):
         return self.embed_out(self.hidden(tokens_BT, mask_BT, edits))
 
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor | None = None, edits: Edits | None = None, last: int = 0) -> Tensor:
-        """-> hidden_BTD, the final hidden state after the last layer norm; `embed_out` makes logits of it. With `last`, of so many last
-        positions only: the others' part of the last MLP is not computed."""
+        """-> hidden_BTD, the final hidden state after the last layer norm; `embed_out` makes logits of it. `last`: only the last so many
+        positions (0: all), for which alone the last MLP is computed."""
         x_BTD = self.gpt_neox.embed_in(tokens_BT)
         return self.gpt_neox.final_layer_norm(self._run(x_BTD, range(self.cfg.num_layers), mask_BT, edits, last=last)[0])
 
@@ -326,12 +346,11 @@ class Pythia(nn.Module):
         return self.gpt_neox.final_layer_norm(self._run(resid_BTD, above, mask_BT, edits, last=last)[0])
 
     def _run(self, x_BTD: Tensor, layers: range, mask_BT: Tensor | None, edits: Edits | None,
-             cache: KVCache | None = None, rotary: Rotary | None = None, last: int = 0,
-             steps: list | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run `layers` on the residual stream x_BTD -> the stream after them, and the last one's mlp_BTD and neurons_BTM. A list `steps` gets
-        what `trunk` would give of the lowest edited layer, before its edit: PPO need not run the layers up to it again."""
+             cache: KVCache | None = None, last: int = 0, record: list | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run `layers` on the residual stream x_BTD -> the stream after them, and the last one's mlp_BTD and neurons_BTM. To a list `record`
+        is appended the triple that `trunk` returns for the lowest edited layer, so that PPO need not run the layers up to it again."""
         T = x_BTD.shape[1]
-        rotary = rotary or Rotary(self.cfg, T, x_BTD.device, x_BTD.dtype)
+        rotary = cache.rotary if cache else Rotary(self.cfg, T, x_BTD.device, x_BTD.dtype)
         attend_BHTS = attention_mask(mask_BT, T)
         mlp_BTD = neurons_BTM = None
         for layer in layers:
@@ -340,8 +359,8 @@ class Pythia(nn.Module):
                 block = functools.partial(checkpoint, block, use_reentrant=False)
             x_BTD, mlp_BTD, neurons_BTM = block(x_BTD, rotary, attend_BHTS, cache, last if layer == layers[-1] else 0)
             if edits and layer in edits:
-                if steps is not None and layer == min(edits):
-                    steps.append((x_BTD, mlp_BTD, neurons_BTM))
+                if record is not None and layer == min(edits):
+                    record.append((x_BTD, mlp_BTD, neurons_BTM))
                 x_BTD = x_BTD + edits[layer](mlp_BTD, neurons_BTM)
         if cache:
             cache.length += T
@@ -357,12 +376,12 @@ class Pythia(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt_BT: Tensor, max_new_tokens: int, mask_BT: Tensor | None = None, temperature: float = 1.0,
-                 edits: Edits | None = None, generator: torch.Generator | None = None, steps: list | None = None) -> Tensor:
+                 edits: Edits | None = None, generator: torch.Generator | None = None, record: list | None = None) -> Tensor:
         """Sample `max_new_tokens` tokens after left-padded prompts -> tokens, prompt and continuation, (B, T + max_new_tokens).
 
         temperature 0 is greedy. All uniforms are drawn before the first token, (B, max_new_tokens), so that two models given
         equal generators use the same one for the same row and step. Nothing stops at an end-of-text token: cut there yourself.
-        A list `steps` gets what `trunk` gives of the lowest edited layer, step by step: the prompt, then each new token but the last.
+        A list `record` gets the triples that `trunk` returns for the lowest edited layer: of the prompt, then of each new token but the last.
         """
         B, T = prompt_BT.shape
         if mask_BT is not None and not mask_BT[:, -1].all():
@@ -371,12 +390,12 @@ class Pythia(nn.Module):
         uniform_BR = 1 - torch.rand(B, max_new_tokens, generator=generator, device=generator.device if generator else "cpu").to(self.device)
         tokens_BT = F.pad(prompt_BT, (0, max_new_tokens))
         mask_BT = None if mask_BT is None or mask_BT.all() else F.pad(mask_BT, (0, max_new_tokens), value=1)
-        cache, rotary = KVCache(self.cfg, B, total, self.device, self.dtype), Rotary(self.cfg, total, self.device, self.dtype)
+        cache = KVCache(self.cfg, B, total, self.device, self.dtype)
         for step in range(T, total):
             new = slice(cache.length, step)          # the whole prompt at first, then one token at a time
             x_BTD = self.gpt_neox.embed_in(tokens_BT[:, new])
             past_mask = None if mask_BT is None else mask_BT[:, :step]
-            x_BTD = self._run(x_BTD, range(self.cfg.num_layers), past_mask, edits, cache, rotary, steps=steps)[0]
+            x_BTD = self._run(x_BTD, range(self.cfg.num_layers), past_mask, edits, cache, record=record)[0]
             logits_BTV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1:]))
             tokens_BT[:, step] = sample(logits_BTV[:, 0], temperature, uniform_BR[:, step - T])
         return tokens_BT
@@ -470,8 +489,11 @@ class Tokenizer:
         with reading(source, "not a byte-level BPE tokenizer.json"):
             model, pre_tokenizer, normalizer = config["model"], config["pre_tokenizer"] or {}, config["normalizer"] or {}
             if not (model["type"] == "BPE" and pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer.get("add_prefix_space")
-                    and normalizer.get("type", "NFC") == "NFC"):
-                raise ValueError("only byte-level BPE without a prefix space, with NFC or no normalisation, is supported")
+                    and pre_tokenizer.get("use_regex", True) and normalizer.get("type", "NFC") == "NFC"):
+                raise ValueError("only byte-level BPE with GPT-2's pattern, no prefix space, and NFC or no normalisation, is supported")
+            merged = [model["vocab"]["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model.get("merges", [])]
+            if merged != sorted(merged):
+                raise ValueError("the merges are not in the order of their ids")
             added, byte_of = {token["content"]: token for token in config["added_tokens"]}, bytes_of_characters()
             ranks = {bytes(byte_of[c] for c in token): rank for token, rank in model["vocab"].items() if token not in added}
             self.added_ids = {content: token["id"] for content, token in added.items()}
@@ -493,6 +515,11 @@ class Tokenizer:
         path = Path(name_or_folder)
         path = path if os.path.isfile(path) else CheckpointFiles(name_or_folder, revision).need("tokenizer.json")
         return cls(read_json(path), path)
+
+    def check_fits(self, model: Pythia, source: object) -> None:
+        """UserError where the model has fewer embeddings than this has ids."""
+        if self.vocab_size > model.cfg.vocab_size:
+            raise UserError(f"{source}: the tokenizer has ids up to {self.vocab_size - 1}, the model only {model.cfg.vocab_size} embeddings")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json."""
@@ -537,12 +564,10 @@ def split_at(pattern: re.Pattern, text: str) -> Iterator[tuple[str, str]]:
     return zip(parts[::2], parts[1::2])
 
 
-def pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """-> tokens_BT, mask_BT (int64, 1 real) of rows of ids, padded on the left, where generation needs it."""
-    T = max(map(len, rows))
-    tokens_BT = torch.tensor([[pad_id] * (T - len(row)) + row for row in rows])
-    mask_BT = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
-    return tokens_BT, mask_BT
+def pad(rows: list[list[int]], pad_id: int = 0, side: str = "right", device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """-> tokens_BT, mask_BT (int64, 1: real) of rows of ids; generation needs the padding on the left."""
+    tokens, ones = [torch.tensor(row) for row in rows], [torch.ones(len(row), dtype=torch.long) for row in rows]
+    return tuple(pad_sequence(parts, True, filler, side).to(device) for parts, filler in ((tokens, pad_id), (ones, 0)))
 
 
 # -------------------------------------------------------------------------------------------------------------- checkpoints
@@ -565,7 +590,7 @@ def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     Format: 8 bytes of header length, little endian; a JSON header {name: {dtype, shape, data_offsets}}; the data.
     UserError where the file is truncated, or its header is not exactly that.
     """
-    with reading(path, "not a whole safetensors file, get it again"):
+    with reading(path, "not a whole safetensors file of known types, get it again"):
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = 8 + int.from_bytes(file.read(8), "little")
@@ -638,7 +663,7 @@ def write_whole(path: str | Path, write: Callable) -> None:
 
 def not_written(path: Path, error: OSError) -> UserError:
     """-> what to tell where a disk is full, or the like."""
-    return UserError(f"{path}: cannot be written ({error.strerror}); the last saved state is whole: make room, then --resume")
+    return UserError(f"{path}: cannot be written ({error.strerror}); what was saved before is whole: mend that, then --resume")
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -646,10 +671,12 @@ def write_json(path: str | Path, value: object) -> None:
     write_whole(path, lambda file: file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()))
 
 
-def load_state(path: str | Path, mmap: bool = False) -> dict:
+def load_state(path: str | Path) -> dict:
     """Read what torch.save wrote; never runs code from the file."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))        # the older format cannot be mapped
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     except Exception as error:                       # torch raises many kinds, all of which mean the same here
         raise UserError(f"{path}: not readable as tensors and numbers ({type(error).__name__}); delete it, or get it again") from None
 
@@ -662,19 +689,12 @@ def read_json(path: str | Path) -> object:
 
 def read_rows(path: str | Path) -> list[dict]:
     """Read a .jsonl or .jsonl.gz file of objects; UserError with the line's number where one is malformed."""
-    path = Path(path)
-    rows, number = [], 1
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    rows.append(json.loads(line.decode()))
-                    if not isinstance(rows[-1], dict):
-                        raise UserError(f"{path}: line {number} is not a JSON object")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: line {number} is not readable as JSON lines: {error}") from None
+    rows = []
+    with reading(path, "not readable as JSON lines"), (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                with reading(f"{path}: line {number}", "not readable as a JSON object"):
+                    rows.append({} | json.loads(line.decode()))          # a TypeError where it is no object
     return rows
 
 
@@ -697,7 +717,7 @@ def read_weights(files: "CheckpointFiles") -> Iterator[tuple[str, Tensor]]:
             if whole.endswith("safetensors"):
                 yield from stream_safetensors(path)
                 continue
-            tensors = load_state(path, mmap=True)
+            tensors = load_state(path)
             if not isinstance(tensors, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()):
                 raise UserError(f"{path}: holds something else than tensors by name")
             yield from tensors.items()
@@ -736,7 +756,7 @@ class CheckpointFiles:
         assets = Path(__file__).parent / "assets"
         self.folder = next((path for path in (Path(self.name), assets / self.name) if os.path.isdir(path)), None)
         self.repo = f"EleutherAI/{self.name}" if self.name.startswith("pythia-") else self.name
-        if self.folder is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo, re.ASCII):
+        if self.folder is None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.repo, re.ASCII):
             names = ", ".join(sorted(path.parent.name for path in assets.glob("*/config.json")))
             raise UserError(f"model {self.name!r} not found: it is no folder, no embedded model ({names}), no pythia-SIZE and no OWNER/NAME")
 
@@ -774,12 +794,20 @@ def hub_file(repo: str, revision: str, name: str) -> Path | None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{what} is not at {path} and HF_HUB_OFFLINE is set: unset it, or fetch the file on a machine with a network "
                         f"and copy {root}")
-    url = f"{endpoint}/{repo}/resolve/{urllib.parse.quote(revision, safe='')}/{name}"
+    locks = root.parent / ".locks" / root.name
+    locks.mkdir(parents=True, exist_ok=True)
+    with open(locks / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)             # other processes wait, and then find the file fetched
+        return fetch_file(f"{endpoint}/{repo}/resolve/{urllib.parse.quote(commit, safe='')}/{name}", what, root, ref, name)
+
+
+def fetch_file(url: str, what: str, root: Path, ref: Path, name: str) -> Path | None:
+    """-> a file of a repository, downloaded into its cache folder `root`; None: the repository lacks it. `ref` will name its commit."""
     with hub_request(url, what, "HEAD") as response:
         headers, absent = response.headers, response.status == 404
     if absent and headers.get("X-Error-Code") != "EntryNotFound":
-        raise UserError(f"{repo} ({revision}) is not a repository of {endpoint}, or needs a token (HF_TOKEN)")
-    commit = headers.get("X-Repo-Commit", revision)
+        raise UserError(f"{what}: there is no such repository or revision at {url}, or it needs a token (HF_TOKEN)")
+    commit = headers.get("X-Repo-Commit", "")
     known = re.fullmatch("[0-9a-f]{40}", commit)
     if absent:
         path = None
@@ -797,7 +825,7 @@ def hub_file(repo: str, revision: str, name: str) -> Path | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)             # a link whose blob is gone
             path.symlink_to(os.path.relpath(blob, path.parent))
-    if known and commit != revision:
+    if known and commit != ref.name:
         write_whole(ref, lambda file: file.write(commit.encode()))
     return path
 
@@ -826,18 +854,10 @@ def hub_request(url: str, what: str, method: str = "GET", start: int = 0) -> htt
     except urllib.error.HTTPError as answer:
         if method == "HEAD" and answer.code in (301, 302, 303, 307, 308, 404):
             return answer
-        hint = "; is HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else ""
+        hint = "; is the name right, HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else ""
         raise UserError(f"{what}: {url} answered {answer.code} {answer.reason}{hint}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:          # ValueError: an HF_ENDPOINT that is no address
         raise UserError(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
-
-
-def received(response: http.client.HTTPResponse) -> bytes:
-    """-> the next bytes of an answer; none at its end, and none where the connection broke (a full disk is another matter)."""
-    try:
-        return response.read(1 << 20)
-    except (OSError, http.client.HTTPException):
-        return b""
 
 
 def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
@@ -852,8 +872,9 @@ def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
             break
         with (hub_request(url, what, start=have) as response,
               open(part, "ab" if response.status == 206 else "wb") as file,    # else the server ignores Range
-              tqdm(total=size, initial=file.tell(), desc=what, unit="B", unit_scale=True) as bar):
-            while chunk := received(response):
+              tqdm(total=size, initial=file.tell(), desc=what, unit="B", unit_scale=True) as bar,
+              contextlib.suppress(http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)):
+            while chunk := response.read(1 << 20):
                 bar.update(file.write(chunk))
     have = part.stat().st_size
     if have < size:

@@ -97,7 +97,7 @@ def render_report(report: dict) -> str:
 # ------------------------------------------------------------------------------------------------------------------- pieces
 
 # Control characters (but line breaks), marks that turn the direction of text round, and halves of surrogate pairs, which no file can hold.
-UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def escape(text: object) -> str:
@@ -202,12 +202,12 @@ def causal_html(report: dict) -> str:
         f"<b>Set back</b>: what the policy loses when this feature alone goes back to its start, by importance weighting of {causal['samples']} of "
         "the policy's samples with a control variate for each token (not self-normalised). <b>Alone</b>: what the reference gains "
         "when this feature alone moves, by weighting of the reference's samples. <b>ESS</b>: the effective number of samples. <b>Predicted</b>: "
-        "set back to first order, gradient × move. <b>Turned</b>: the sign of c − 1, plus b where there are biases.</p>"
+        "set back to first order, gradient × move. <b>Turned</b>: the sign of c − 1, and of b where there are biases.</p>"
         f"<p>Setting all {len(listed)} listed features back together loses {pm(causal['together'])}{share} ({causal['fresh_samples']} fresh "
         f"samples). Their single losses add up to {pm(causal['sum'])}; the rest, {pm(causal['interaction'])}, is interaction. Predicted and measured "
         f"effects correlate with "
         f"<b>r = {show(causal['r'], '.2f')}</b> on the same samples, and {show(causal['r_other_prompts'], '.2f')} where the two come from different "
-        "prompts and share no noise.</p><div class=pair>"
+        "prompts.</p><div class=pair>"
         + image(report, "effects", f"Measured against predicted effect of each listed feature, r = {show(causal['r'], '.2f')}; the line is y = x.")
         + image(report, "coefficients", "All coefficients in order.")
         + "</div><h3>The strongest, checked on fresh samples, by other random numbers</h3>"
@@ -227,13 +227,13 @@ def features_html(report: dict) -> str:
     columns = ["feature", "turned", "c", *["b"] * biased, *(["set back ± SE", "ESS", "predicted", "alone ± SE", "ESS alone"] if causal else []),
                "fires, %", "fires on", "explained, r", "promotes"]
     for place, card in enumerate(cards):
-        move, effect = card["coef"] - 1 + card["bias"], card["effect"]
-        row = [(card["layer"] * 10 ** 7 + card["feature"], link(card, place < SECTIONS)), "up" if move > 0 else "down" if move < 0 else "–",
+        effect = card["effect"]
+        turned = [f"{name} {'up' if move > 0 else 'down'}" for name, move in (("c", card["coef"] - 1), ("b", card["bias"])) if move]
+        row = [(card["layer"] * 10 ** 7 + card["feature"], link(card, place < SECTIONS)), ", ".join(turned) or "–",
                (card["coef"], show(card["coef"], ".3f")), *[(card["bias"], show(card["bias"], ".3f"))] * biased]
         if causal:
-            back, alone, predicted = (effect[key] if effect else None for key in ("set_back", "alone", "predicted"))
-            pairs = [[(e["mean"], pm(e)), (e["ess"], show(e["ess"], ".0f"))] if e else [(None, "–")] * 2 for e in (back, alone)]
-            row += [*pairs[0], (predicted, show(predicted)), *pairs[1]]
+            back, alone = ([(e["mean"], pm(e)), (e["ess"], show(e["ess"], ".0f"))] for e in (effect["set_back"], effect["alone"]))
+            row += [*back, (effect["predicted"], show(effect["predicted"])), *alone]
         rows.append([*row, (card["firing_rate"], show(100 * card["firing_rate"], ".2f")), tokens(card["tokens"][:4]),
                      (card["explanation"], show(card["explanation"], ".2f")), tokens(card["promoted"][:4])])
     about = causal_html(report) if causal else "<p>No RLHF run yet: these are the features that the text at hand explains best, of those scored.</p>"

@@ -18,13 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import (END_OF_TEXT, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, mixed_precision, read_rows,
+from pythia import (END_OF_TEXT, Pythia, PythiaConfig, ScoreFn, Tokenizer, UserError, check_finite, check_positive, mixed_precision, pad, read_rows,
                     reading, write_json, write_safetensors)
 
 if TYPE_CHECKING:
     from train import Run
-
-ScoreFn = Callable[[Tensor, Tensor], Tensor]         # (tokens_BT, mask_BT) -> scores_B, higher is better
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,9 @@ class RewardConfig:
     def __post_init__(self):
         if self.half not in (0, 1, 2):
             raise UserError(f"--reward-half {self.half}: choose 0 (all), 1 or 2")
-        if self.epochs <= 0 or self.batch_size <= 0 or self.lr <= 0:
-            raise UserError("--reward-epochs, --reward-batch-size and --reward-lr must be positive")
+        check_positive(self, "reward", "epochs", "batch_size", "lr")
+        if self.weight_decay < 0:
+            raise UserError("--reward-weight-decay must not be negative")
         if not 2 <= self.min_tokens <= self.max_tokens:
             raise UserError("--reward-min-tokens must lie between 2 and --reward-max-tokens")
 
@@ -80,7 +79,7 @@ def load_preferences(path: str | Path) -> tuple[list[Preference], int]:
 
 
 def split_dialogue(text: str) -> tuple[str, str]:
-    """-> (prompt, answer), cut behind the last "\\n\\nAssistant:"."""
+    """-> (prompt, answer), cut after the last "\\n\\nAssistant:"."""
     prompt, mark, answer = text.rpartition("\n\nAssistant:")
     return prompt + mark, answer
 
@@ -104,14 +103,6 @@ def encode_pairs(pairs: list[Preference], tokenizer: Tokenizer) -> list[tuple[li
     eot = tokenizer.end_of_text
     return [tuple([eot, *tokenizer.encode(pair.prompt + answer), eot] for answer in (pair.chosen, pair.rejected))
             for pair in tqdm(pairs, desc="tokenize", disable=len(pairs) < 2000)]
-
-
-def pad_right(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> tokens_BT, mask_BT of rows of different length."""
-    T = max(map(len, rows))
-    tokens_BT = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
-    mask_BT = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=device)
-    return tokens_BT, mask_BT
 
 
 # ------------------------------------------------------------------------------------------------------------ reward model
@@ -141,12 +132,13 @@ class RewardModel(Pythia):
 
     def prefixes(self, tokens_BT: Tensor, mask_BT: Tensor, R: int) -> Tensor:
         """-> scores of the text without the last R tokens, with one of them, … with all, (B, R + 1), from one pass: causal attention
-        makes each position's hidden state that of the text up to it."""
+        makes each position's hidden state that of the text up to it. Entries after a response's end mean nothing."""
         return self.head_scores(self.hidden(tokens_BT, mask_BT, last=R + 1))
 
     @classmethod
     def from_backbone(cls, model: Pythia, generator: torch.Generator) -> "RewardModel":
-        """A trainable reward model on a language model's weights; head ~ N(0, 1/(D + 1)) (Ziegler et al. 2019), bias 0."""
+        """A trainable reward model that *shares* a language model's weights, and will change them; head ~ N(0, 1/(D + 1)) (Ziegler et al. 2019),
+        bias 0."""
         with torch.device("meta"):
             reward = cls(model.cfg)
         reward.gpt_neox, reward.head = model.gpt_neox, nn.Linear(model.cfg.hidden_size, 1, device=model.device).requires_grad_(False)
@@ -184,9 +176,11 @@ class RewardModel(Pythia):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors of a GPTNeoXForSequenceClassification."""
+        if self.head.bias.any():
+            raise UserError(f"{folder}: a GPTNeoXForSequenceClassification has no bias, and this head's is {self.head.bias.item():.3g}")
         weights = self.state_dict()
         weights["score.weight"] = weights.pop("head.weight")
-        del weights["head.bias"]                     # 0: that class has none
+        del weights["head.bias"]
         write_safetensors(Path(folder) / "model.safetensors", weights)
         write_json(Path(folder) / "config.json", self.cfg.to_json(self.dtype) | {
             "architectures": ["GPTNeoXForSequenceClassification"], "num_labels": 1, "pad_token_id": 1,
@@ -202,7 +196,7 @@ def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], c
                  random_cut: bool = False) -> RewardModel:
     """Train on pairs of ids (see `encode_pairs`) in place -> the model.
 
-    random_cut: cut both texts of a pair to one random length (log-uniform, min_tokens to max_tokens), half of the time at a
+    random_cut: cut all texts of a batch to one random length (log-uniform, min_tokens to max_tokens), half of the time at a
     random place, and prefer every beginning of the one to the same length of the other, so that the model is at home on short
     texts and length is no cue. Else: long texts lose their beginning.
     """
@@ -219,7 +213,7 @@ def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], c
             group["lr"] = cfg.lr * min((step + 1) / (0.05 * steps + 1), 1 - step / steps)
         batch = [pairs[i] for i in order[step * cfg.batch_size:(step + 1) * cfg.batch_size]]
         batch = cut_randomly(batch, cfg, generator) if random_cut else [tuple(keep_end(ids, cfg.max_tokens) for ids in pair) for pair in batch]
-        tokens_BT, mask_BT = pad_right([pair[0] for pair in batch] + [pair[1] for pair in batch], model.device)
+        tokens_BT, mask_BT = pad([pair[0] for pair in batch] + [pair[1] for pair in batch], device=model.device)
         with mixed_precision(model.device):        # weights, scores and loss stay float32
             chosen, rejected = (prefix_scores(model, tokens_BT, mask_BT, cfg.min_tokens) if random_cut
                                 else model.score(tokens_BT, mask_BT).chunk(2))
@@ -255,7 +249,8 @@ def cut_randomly(batch: list, cfg: RewardConfig, generator: torch.Generator) -> 
 
 
 def window(ids: list[int], length: int, place: float = 0.0) -> list[int]:
-    """-> the leading end-of-text token and `length` − 1 tokens of the text behind it, from `place` in [0, 1) of where they can begin."""
+    """-> the leading end-of-text token and `length` − 1 tokens of the text after it, from the first (`place` 0) or a later one, up to the
+    last from which there are as many (`place` towards 1)."""
     start = 1 + int(place * max(1, len(ids) - length + 1))
     return ids[:1] + ids[start:start + length - 1]
 
@@ -268,8 +263,9 @@ def keep_end(ids: list[int], length: int) -> list[int]:
 @torch.no_grad()
 def evaluate_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], batch_size: int = 64) -> dict:
     """-> mean loss and accuracy (share of pairs whose chosen text scores higher) on held-out pairs of ids."""
-    starts = range(0, len(pairs), batch_size)
-    chosen_N, rejected_N = (torch.cat([model.score(*pad_right(texts[i:i + batch_size], model.device)) for i in starts]) for texts in zip(*pairs))
+    batches = [zip(*pairs[i:i + batch_size]) for i in range(0, len(pairs), batch_size)]
+    scores = [[model.score(*pad(texts, device=model.device)) for texts in batch] for batch in batches]
+    chosen_N, rejected_N = (torch.cat(side) for side in zip(*scores))
     return {"loss": preference_loss(chosen_N, rejected_N).item(), "accuracy": (chosen_N > rejected_N).float().mean().item()}
 
 
@@ -293,12 +289,12 @@ class TextReward:
 
 
 def avoid_words(path: str | Path) -> Callable[[list[str]], list[float]]:
-    """-> a function of texts: minus the number of listed words in each (whole words, any case). The file has a word a line."""
+    """-> a function of texts: minus the number of listed words in each (whole words, any case). The file has a word or phrase a line."""
     with reading(path, "not readable as a list of words"):
-        words = Path(path).read_text(encoding="utf-8").split()
+        words = sorted(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())), key=len, reverse=True)
     if not words:
         raise UserError(f"{path}: lists no word")
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
     return lambda texts: [-float(len(pattern.findall(text))) for text in texts]
 
 
@@ -316,7 +312,7 @@ class ThroughText:
         texts = [self.policy_tokenizer.decode(row[keep]) for row, keep in zip(tokens_BT.cpu(), mask_BT.bool().cpu())]
         if "<|prompter|>" in self.tokenizer.added_ids:
             texts = map(oasst_dialogue, texts)
-        return self.model.score(*pad_right([self.tokenizer.encode(text) for text in texts], self.model.device)).to(tokens_BT.device)
+        return self.model.score(*pad([self.tokenizer.encode(text) for text in texts], device=self.model.device)).to(tokens_BT.device)
 
 
 def oasst_dialogue(text: str) -> str:
@@ -332,5 +328,6 @@ def load_reward(name: str, tokenizer: Tokenizer, dtype: torch.dtype | None = Non
     if name.startswith("avoid:"):
         return TextReward(avoid_words(name.removeprefix("avoid:")), tokenizer)
     model, own = RewardModel.from_pretrained(name, dtype=dtype, device=device), Tokenizer.from_pretrained(name)
+    own.check_fits(model, name)
     same = own.config["model"]["vocab"] == tokenizer.config["model"]["vocab"] and own.added_ids == tokenizer.added_ids
     return model if same else ThroughText(model, own, tokenizer)

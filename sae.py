@@ -1,6 +1,7 @@
 """Sparse autoencoders on one layer's MLP output: the model, its training, its evaluation, its files.
 
-Dimension key: B batch   T tokens   N rows (tokens, flattened)   D hidden size   F SAE features   G the dead ones   V vocabulary
+Dimension key: B batch   T tokens   N rows (tokens, flattened)   D hidden size   F SAE features   G some of them   V vocabulary
+               X all active features of all rows
 
 References:
     Bricken et al. 2023, "Towards Monosemanticity", transformer-circuits.pub/2023/monosemantic-features
@@ -12,23 +13,20 @@ import copy
 import math
 import re
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import Pythia, UserError, check_finite, load_state, read_json, read_safetensors, reading, write_json, write_safetensors
+from pythia import Pythia, UserError, check_finite, check_positive, load_state, read_json, read_safetensors, reading, write_json, write_safetensors
 
 if TYPE_CHECKING:
     from train import Run
-
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class SAEConfig:
     l0: float = 31.0                     # features active a token to aim at (topk, batchtopk: k); 0: leave l1_coef as it is
     l1_coef: float = 1.0                 # weight of the sparsity penalty, beside squares summed over D, where E‖x‖² = D
     l0_path: float = 0.3                 # share of the steps over which the target itself comes down to l0, from the F/2 of the start
-    l0_rate: float = 0.01                # most that log l1_coef moves a step to follow it
+    l0_rate: float = 0.01                # largest change of log l1_coef a step
     tokens: int = 1_800_000              # rows trained on in all
     batch_size: int = 512                # rows a step
     lr: float = 2e-3                     # Adam, betas 0.9 and 0.999
@@ -63,9 +61,8 @@ class SAEConfig:
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise UserError(f"--sae-objective {self.objective}: choose from {', '.join(OBJECTIVES)}")
-        for name in ("num_features", "batch_size", "tokens", "buffer_rows", "eval_tokens", "resample_rows", "text_batch", "text_tokens", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--sae-{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        check_positive(self, "sae", "num_features", "batch_size", "tokens", "buffer_rows", "eval_tokens", "refit_rows", "resample_rows",
+                       "text_batch", "text_tokens", "lr")
         if self.context < 2:
             raise UserError(f"--sae-context {self.context}: a window needs at least 2 tokens")
         if self.buffer_rows < 2 * self.batch_size:
@@ -160,46 +157,49 @@ class SAE(nn.Module):
             "apply_b_dec_to_input": True, "normalize_activations": "none", "prepend_bos": True})
 
 
-class ActiveProduct(torch.autograd.Function):
-    """features_NF @ W_dec_FD by work in proportion to the active features, forward and backward. Features that are 0 get no gradient: the
-    activations that made them 0 would stop it."""
-
-    @staticmethod
-    def forward(ctx: Any, features_NF: Tensor, W_dec_FD: Tensor) -> Tensor:
-        active_NF = features_NF.to_sparse_csr()
-        ctx.save_for_backward(active_NF.crow_indices(), active_NF.col_indices(), active_NF.values(), W_dec_FD)
-        return active_NF @ W_dec_FD
-
-    @staticmethod
-    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, Tensor]:
-        *parts, W_dec_FD = ctx.saved_tensors
-        active_NF = torch.sparse_csr_tensor(*parts, size=(len(gradient_ND), len(W_dec_FD)), check_invariants=False)
-        return torch.sparse.sampled_addmm(active_NF, gradient_ND, W_dec_FD.T, beta=0.0).to_dense(), active_NF.t() @ gradient_ND
+def active_product(features_NF: Tensor, W_dec_FD: Tensor, scale_F: Tensor | None = None) -> Tensor:
+    """(scale ⊙ features) W_dec -> (N, D), by work in proportion to the active features, forward and backward: some 30 of thousands a row.
+    Features that are 0 get no gradient: the activations that made them 0 would stop it."""
+    row_X, id_X = features_NF.nonzero(as_tuple=True)
+    count_N = torch.bincount(row_X, minlength=len(features_NF))
+    start_N = count_N.cumsum(0) - count_N            # where each row's begin
+    value_X = features_NF[row_X, id_X] if scale_F is None else features_NF[row_X, id_X] * scale_F.index_select(0, id_X)
+    return F.embedding_bag(id_X, W_dec_FD, start_N, per_sample_weights=value_X, mode="sum")
 
 
 def load_sae(path: str | Path, *, model: Pythia, model_name: str, layer: int, tokens_BT: Tensor | None = None) -> SAE:
     """Load what `SAE.save` or another library wrote (see `read_sae`), frozen.
 
     UserError where it was made for another model, layer or width; and, where windows of text are given, if it explains no variance of
-    this layer's MLP output: an SAE of another site loads without complaint as long as the widths agree.
+    this layer's MLP output (looking at 16 of them): an SAE of another site loads without complaint as long as the widths agree.
     """
     file, description, tensors = read_sae(Path(path))
-    with reading(description, f"not a description of the SAE in {file.name}"):
-        cfg = read_json(description)
-        k, subtracts = sae_options(file, cfg, tensors)
-        found = {RENAMED.get(name, name): value.T if name.endswith("coder.weight") else value for name, value in tensors.items()}
-        d_in, num_features = found["W_enc"].shape
-        about = cfg | cfg.get("metadata", {}) | cfg.get("trainer", {})
-        made_for = str(about.get("model_name") or about.get("lm_name") or model_name), stated_layer(file, about, layer), d_in
-    width = model.cfg.hidden_size
+    with reading(file, f"with {description.name} no SAE of a known kind"):
+        sae = assemble(file, description, tensors, model, model_name, layer).requires_grad_(False).to(model.device)
+    if tokens_BT is not None and not (fvu := evaluate_sae(model, layer, sae, tokens_BT[:16])["fvu"]) < 1:
+        raise UserError(f"{path}: wrong layer, site or scale: on the MLP output of layer {layer} it leaves {fvu:.3g} of the variance "
+                        f"unexplained, and no SAE at all leaves 1")
+    return sae
+
+
+def assemble(file: Path, description: Path, tensors: dict[str, Tensor], model: Pythia, model_name: str, layer: int) -> SAE:
+    """-> the SAE of what `read_sae` found, for this layer of this model."""
+    cfg = read_json(description)
+    k, subtracts = sae_options(file, cfg, tensors)
+    if k is not None and not (type(k) is int and k > 0):
+        raise ValueError(f"k is {k!r}")
+    found = {RENAMED.get(name, name): value.T if name.endswith("coder.weight") else value for name, value in tensors.items()}
+    d_in, num_features = found["W_enc"].shape
+    about, width = cfg | cfg.get("metadata", {}) | cfg.get("trainer", {}), model.cfg.hidden_size
+    made_for = str(about.get("model_name") or about.get("lm_name") or model_name), stated_layer(file, about, layer), d_in
     if made_for[0].split("/")[-1] != model_name.split("/")[-1] or made_for[1:] != (layer, width):
-        raise UserError(f"{path}: this SAE was made for model {made_for[0]}, layer {made_for[1]}, width {made_for[2]}; "
+        raise UserError(f"{file}: this SAE was made for model {made_for[0]}, layer {made_for[1]}, width {made_for[2]}; "
                         f"here are model {model_name}, layer {layer}, width {width}: train another (--out)")
     shapes, F_ = {name: tuple(value.shape) for name, value in found.items()}, (num_features,)
     wanted = {"W_enc": (d_in, *F_), "W_dec": (*F_, d_in), "b_dec": (d_in,), "b_enc": F_, "threshold": F_, "r_mag": F_, "b_mag": F_}
     if any(wanted.get(name) != shape for name, shape in shapes.items()) or not {"W_dec", "b_enc", "b_dec"} <= set(shapes):
-        raise UserError(f"{file}: tensors are {shapes}, {description.name} wants of {wanted} the first four or more")
-    sae = SAE(d_in, num_features, k=k).requires_grad_(False)
+        raise ValueError(f"tensors are {shapes}, but of {wanted} the first four or more are wanted")
+    sae = SAE(d_in, num_features, k=k or 0).requires_grad_(False)
     for name, suffix in (("W_enc", "DF"), ("W_dec", "FD"), ("b_enc", "F"), ("b_dec", "D")):
         sae.get_parameter(f"{name}_{suffix}").copy_(found[name])
     if not subtracts:
@@ -210,13 +210,6 @@ def load_sae(path: str | Path, *, model: Pythia, model_name: str, layer: int, to
         sae.threshold_F = nn.Parameter(found["threshold"].float().clamp(min=0))
     if cfg.get("rescale_acts_by_decoder_norm"):
         sae.rescale(sae.W_dec_FD.norm(dim=-1))
-    sae = sae.requires_grad_(False).to(model.device)
-    if tokens_BT is not None:
-        x_ND = mlp_rows(model, layer, tokens_BT).float()
-        fvu = ((x_ND - sae(x_ND)).square().sum() / (x_ND - x_ND.mean(0)).square().sum()).item()
-        if not fvu < 1:
-            raise UserError(f"{path}: wrong layer, site or scale: on the MLP output of layer {layer} it leaves {fvu:.3g} of the variance "
-                            f"unexplained, and no SAE at all leaves 1")
     return sae
 
 
@@ -243,36 +236,36 @@ def read_sae(path: Path) -> tuple[Path, Path, dict[str, Tensor]]:
     return file, file.with_name(kinds.get(file.name, f"{file.stem}_cfg.json")), tensors.get("ae", tensors)     # "ae": in backups
 
 
-def sae_options(file: Path, cfg: dict, tensors: dict[str, Tensor]) -> tuple[int, bool]:
-    """-> k (0: no TopK), and whether b_dec is taken from the input; `tensors` loses what is not one of the SAE's."""
+def sae_options(file: Path, cfg: dict, tensors: dict[str, Tensor]) -> tuple[int | None, bool]:
+    """-> k (None: no TopK; to be checked), and whether b_dec is taken from the input; `tensors` loses what is not one of the SAE's."""
     if file.name == "sae_weights.safetensors":
         if (cfg["d_in"], cfg["d_sae"]) != tuple(tensors["W_enc"].shape):
             raise ValueError(f"d_in {cfg['d_in']} and d_sae {cfg['d_sae']}, but W_enc is {tuple(tensors['W_enc'].shape)} there")
         if cfg.get("normalize_activations") not in (None, False, "none"):
             raise ValueError(f"normalize_activations {cfg['normalize_activations']!r}: fold it into the weights first")
-        k = (cfg.get("k") or cfg["activation_fn_kwargs"]["k"]) if "topk" in (cfg.get("architecture"), cfg.get("activation_fn_str")) else 0
+        k = (cfg.get("k") or cfg["activation_fn_kwargs"]["k"] or 0) if "topk" in (cfg.get("architecture"), cfg.get("activation_fn_str")) else None
         return k, cfg.get("apply_b_dec_to_input", True)
     if file.name == "sae.safetensors":
         if cfg.get("signed") or cfg.get("activation", "topk") != "topk":
             raise ValueError("only TopK of positive features is known here")
-        return cfg["k"], not cfg.get("transcode")
+        return cfg["k"] or 0, not cfg.get("transcode")
     if file.name == "ae.pt":
-        dict_class, k = cfg["trainer"]["dict_class"], int(tensors.pop("k", 0))
+        dict_class, k = cfg["trainer"]["dict_class"], tensors.pop("k", None)
         if dict_class == "AutoEncoderTopK":
             tensors.pop("threshold")                     # for another way to encode, which is not that class's default
-            return k, True
+            return int(k), True
         if "threshold" in tensors:
             width = len(tensors["encoder.bias" if "encoder.bias" in tensors else "b_enc"])
             tensors["threshold"] = tensors["threshold"].expand(width)                    # BatchTopK has one for all
-        return 0, dict_class != "JumpReluAutoEncoder" and "decoder.bias" not in tensors
-    return 0, True
+        return None, dict_class != "JumpReluAutoEncoder" and "decoder.bias" not in tensors
+    return None, True
 
 
 def stated_layer(file: Path, about: dict, otherwise: int) -> int:
     """-> the layer that the description or the folder's name (sparsify: layers.3.mlp) states; `otherwise` where neither does."""
     for key in ("hook_layer", "layer", "layers"):
         if about.get(key) is not None:
-            return about[key][0] if isinstance(about[key], list) else about[key]
+            return int(about[key][0] if isinstance(about[key], list) else about[key])
     name = about.get("hook_name") or about.get("hook_point") or (file.parent.name if file.name == "sae.safetensors" else "")
     number = re.search(r"(?:blocks|layers)\.(\d+)", name)
     return int(number[1]) if number else otherwise
@@ -450,7 +443,7 @@ class ActivationBuffer:
         while missing > 0:
             if self.next_window == len(self.order_B):
                 self.order_B, self.next_window = torch.randperm(len(self.order_B), generator=self.generator), 0
-            chosen_B = self.order_B[self.next_window:self.next_window + min(16, -(-missing // (self.tokens_BT.shape[1] - 1)))]
+            chosen_B = self.order_B[self.next_window:self.next_window + -(-missing // (self.tokens_BT.shape[1] - 1))]
             chunks.append(mlp_rows(self.model, self.layer, self.tokens_BT[chosen_B])[:missing])
             self.next_window += len(chosen_B)
             missing -= len(chunks[-1])
@@ -461,7 +454,7 @@ class ActivationBuffer:
         self.drawn = 0
 
     def draw(self, rows: int) -> Tensor:
-        """-> the next `rows` rows, (rows, D); at most half of the buffer."""
+        """-> the next `rows` rows, (rows, D), or all or half of the buffer where it has fewer."""
         limit = len(self.rows_ND) if self.holds_all else len(self.rows_ND) // 2
         if self.drawn + rows > limit:
             if self.drawn and not self.holds_all:
@@ -483,7 +476,7 @@ class ActivationBuffer:
 @torch.no_grad()
 def mlp_rows(model: Pythia, layer: int, tokens_BT: Tensor) -> Tensor:
     """-> MLP outputs of all tokens but each window's first (end-of-text, whose activations are unlike all others), (N, D)."""
-    return model.mlp_output(tokens_BT.long().to(model.device), layer)[:, 1:].flatten(0, 1)
+    return torch.cat([model.mlp_output(batch_BT.long().to(model.device), layer)[:, 1:].flatten(0, 1) for batch_BT in tokens_BT.split(16)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- training
@@ -518,7 +511,7 @@ class SAETrainer:
         with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):     # parameters and loss stay float32
             pre_NF = sae.pre(x_ND).float()
             features_NF = objective.activation(sae, pre_NF, cfg.l0)
-            reconstruction_ND = ActiveProduct.apply(features_NF, sae.W_dec_FD) + sae.b_dec_D if self.few_active() else sae.decode(features_NF)
+            reconstruction_ND = active_product(features_NF, sae.W_dec_FD) + sae.b_dec_D if self.few_active() else sae.decode(features_NF)
         p = Pass(sae, x_ND, pre_NF, features_NF, x_ND - reconstruction_ND.float(), self.dead_F())
         error = p.error_ND.square().sum(-1).mean()
         loss = error + l1_coef * objective.penalty(p).mean() if objective.penalty else error
@@ -556,10 +549,10 @@ class SAETrainer:
         return sae.requires_grad_(False)
 
     def few_active(self) -> bool:
-        """-> whether so few features are active that `ActiveProduct` beats a matrix product (on a CPU with MKL, from 1/32 on, as measured).
+        """-> whether so few features are active that `active_product` beats a matrix product (on a CPU, from 1/32 on, as measured).
         jumprelu's thresholds learn from features that are 0."""
         return (self.mean_l0 is not None and self.mean_l0 < self.sae.num_features / 32 and self.objective.activation is not jumprelu
-                and not self.sae.W_dec_FD.is_cuda and torch.backends.mkl.is_available())
+                and not self.sae.W_dec_FD.is_cuda)
 
     def control(self, l0: float, done: float) -> None:
         """Move log l1_coef in proportion to the relative error of L0 (an integral controller). Its target falls to the stated one geometrically,
@@ -657,16 +650,8 @@ def refit_decoder(sae: SAE, x_ND: Tensor, ridge: float = 1e-3) -> None:
     sae.rescale(W_dec_FD.norm(dim=-1))
 
 
-def train_sae(model: Pythia, layer: int, tokens_BT: Tensor, cfg: SAEConfig, run: "Run", generator: torch.Generator) -> SAE:
-    """Train an SAE on the MLP output of `layer` over windows of text -> the SAE in the model's own units.
-
-    `run` keeps the log and the resumable state (see train.Run).
-    """
-    return train_on_rows(ActivationBuffer(model, layer, tokens_BT, cfg, generator), cfg, run, generator)
-
-
-def train_on_rows(buffer: ActivationBuffer, cfg: SAEConfig, run: "Run", generator: torch.Generator) -> SAE:
-    """Train an SAE on the rows that a buffer draws -> the SAE in the rows' own units."""
+def train_sae(buffer: ActivationBuffer, cfg: SAEConfig, run: "Run", generator: torch.Generator) -> SAE:
+    """Train an SAE on the rows that a buffer draws -> the SAE in the rows' own units. `run` keeps the log and the resumable state (train.Run)."""
     d_in, device = buffer.rows_ND.shape[1], buffer.rows_ND.device
     scale = math.sqrt(d_in / buffer.rows_ND.float().square().sum(-1).mean().item())         # April 2024: E‖x‖² = D
     sae = SAE(d_in, cfg.num_features, generator, k=round(cfg.l0) if cfg.objective == "topk" else 0).to(device)
@@ -691,47 +676,43 @@ def train_on_rows(buffer: ActivationBuffer, cfg: SAEConfig, run: "Run", generato
 # --------------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor, batch_size: int = 16) -> dict:
+def evaluate_sae(model: Pythia, layer: int, sae: SAE, tokens_BT: Tensor) -> dict:
     """Figures on held-out windows of text; the first token of each window counts nowhere and is never replaced.
 
     mse            mean over rows of ‖x − x̂‖², summed over D
     fvu            Σ ‖x − x̂‖² / Σ ‖x − x̄‖², fraction of variance unexplained; x̄ is one mean over all rows
     l0, l1         mean number of active features, and mean Σ f_i ‖d_i‖, a row
-    shrinkage      mean of ‖x̂‖ / ‖x‖
+    shrinkage      mean of ‖x̂‖ / ‖x‖; 1: none
     dead_fraction  share of features silent on all `rows` rows, the window
     rare_fraction  share active on fewer than 1e-5 of them (of fewer than 100,000 rows: silent);  dense_fraction: on more than 1 %
     density        features by firing rate: 0, then up to 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1
     ce_*           mean next-token cross-entropy in nats: as the model is; with x̂, 0 or the mean in place of the MLP's output
     ce_recovered   (ce_zero − ce_sae) / (ce_zero − ce_base);  ce_recovered_mean: the same against mean-ablation
     """
-    sum_D = torch.zeros(model.cfg.hidden_size, dtype=torch.float64, device=model.device)
-    fired_F = torch.zeros(sae.num_features, dtype=torch.float64, device=model.device)
-    totals, rows = dict.fromkeys(("square", "error", "l1", "shrinkage"), 0.0), 0
-    for batch_BT in tokens_BT.split(batch_size):
-        x_ND = mlp_rows(model, layer, batch_BT).float()
-        features_NF = sae.encode(x_ND)
-        reconstruction_ND = sae.decode(features_NF)
-        rows += len(x_ND)
-        sum_D += x_ND.double().sum(0)
+    x_ND, norm_F = mlp_rows(model, layer, tokens_BT).float(), sae.W_dec_FD.norm(dim=-1)
+    rows, mean_D = len(x_ND), x_ND.mean(0, dtype=torch.float64)
+    fired_F, variance, error, l1, shrinkage = torch.zeros_like(norm_F, dtype=torch.float64), 0.0, 0.0, 0.0, 0.0
+    for chunk_ND in x_ND.split(2048):
+        features_NF = sae.encode(chunk_ND)
+        guess_ND = sae.decode(features_NF)
         fired_F += (features_NF > 0).sum(0)
-        for name, value in (("square", x_ND.double().square()), ("error", (x_ND - reconstruction_ND).double().square()),
-                            ("l1", features_NF @ sae.W_dec_FD.norm(dim=-1)), ("shrinkage", reconstruction_ND.norm(dim=-1) / x_ND.norm(dim=-1))):
-            totals[name] += value.double().sum().item()
-    mean_D, rate_F = sum_D / rows, fired_F / rows
-    variance = totals["square"] - rows * mean_D.square().sum().item()
+        variance += (chunk_ND - mean_D).square().sum().item()
+        error += (chunk_ND - guess_ND).double().square().sum().item()
+        l1 += (features_NF @ norm_F).double().sum().item()
+        shrinkage += (guess_ND.norm(dim=-1) / chunk_ND.norm(dim=-1)).double().sum().item()
+    rate_F = fired_F / rows
     decades = torch.bucketize(rate_F, torch.tensor([0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], device=rate_F.device, dtype=rate_F.dtype))
-    figures = {"mse": totals["error"] / rows, "fvu": totals["error"] / variance, "l0": rate_F.sum().item(), "l1": totals["l1"] / rows,
-               "shrinkage": totals["shrinkage"] / rows, "dead_fraction": (fired_F == 0).double().mean().item(),
-               "rare_fraction": (rate_F < 1e-5).double().mean().item(), "dense_fraction": (rate_F > 0.01).double().mean().item(),
-               "density": torch.bincount(decades, minlength=7).tolist(), "rows": rows}
+    figures = {"mse": error / rows, "fvu": error / variance, "l0": rate_F.sum().item(), "l1": l1 / rows, "shrinkage": shrinkage / rows,
+               "dead_fraction": (fired_F == 0).double().mean().item(), "rare_fraction": (rate_F < 1e-5).double().mean().item(),
+               "dense_fraction": (rate_F > 0.01).double().mean().item(), "density": torch.bincount(decades, minlength=7).tolist(), "rows": rows}
     spliced = {"base": None, "sae": sae, "zero": torch.zeros_like, "mean": lambda mlp_BTD: mean_D.to(mlp_BTD.dtype).expand_as(mlp_BTD)}
-    ce = {name: spliced_loss(model, layer, tokens_BT, replace, batch_size) for name, replace in spliced.items()}
+    ce = {name: spliced_loss(model, layer, tokens_BT, replace) for name, replace in spliced.items()}
     return figures | {f"ce_{name}": value for name, value in ce.items()} | {
         "ce_recovered": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["base"]),
         "ce_recovered_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["base"])}
 
 
-def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable[[Tensor], Tensor] | None, batch_size: int) -> float:
+def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable[[Tensor], Tensor] | None) -> float:
     """-> mean next-token loss with replace(mlp_BTD) in place of the MLP's output at `layer`, first tokens excepted."""
     def edit(mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
         change_BTD = replace(mlp_BTD.float()).to(mlp_BTD.dtype) - mlp_BTD
@@ -739,7 +720,7 @@ def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable
         return change_BTD
 
     total = 0.0
-    for batch_BT in tokens_BT.split(batch_size):
+    for batch_BT in tokens_BT.split(16):
         batch_BT = batch_BT.long().to(model.device)
         logits_BTV = model(batch_BT, edits={layer: edit} if replace else None)[:, :-1]
         total += F.cross_entropy(logits_BTV.float().flatten(0, 1), batch_BT[:, 1:].flatten(), reduction="sum").item()
@@ -748,9 +729,9 @@ def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable
 
 @torch.no_grad()
 def random_dictionary(like: SAE, generator: torch.Generator, x_ND: Tensor | None = None, l0: float = 0) -> SAE:
-    """-> a control: as many random unit vectors as `like` has learned ones, a feature being the input's projection on its vector where that is
-    active: with l0 among the round(l0) largest of a token, at least one; with rows x_ND (float32) above a threshold of its own, at least 0,
-    which it exceeds on as many of these rows as `like`'s feature of the same number is active on."""
+    """-> a control: as many random unit vectors as `like` has features; f_i is the input's projection on vector i where it is active. With l0,
+    that is among the round(l0) largest of the token (at least one); with rows x_ND, float32, above a threshold of its own, at least 0, set so
+    that it is active on as many of these rows as `like`'s feature i."""
     sae = SAE(*like.W_enc_DF.shape, generator, k=max(1, round(l0)) if x_ND is None else 0).to(like.W_dec_FD.device)
     sae.W_enc_DF.copy_(sae.W_dec_FD.T)
     sae.b_dec_D.copy_(like.b_dec_D)

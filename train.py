@@ -34,8 +34,8 @@ import interpret
 import ppo
 import reward
 import sae
-from pythia import (CheckpointFiles, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, load_state, mixed_precision, multiplies_bfloat16,
-                    not_written, read_json, read_rows, read_safetensors, reading, write_json, write_safetensors, write_whole)
+from pythia import (CheckpointFiles, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, check_positive, load_state, mixed_precision,
+                    multiplies_bfloat16, not_written, read_json, read_rows, read_safetensors, reading, write_json, write_safetensors, write_whole)
 
 
 # ------------------------------------------------------------------------------------------------------------------- stages
@@ -49,12 +49,12 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
     if cfg.load:
         trained = sae.load_sae(cfg.load, model=model, model_name=model_name(args), layer=layer, tokens_BT=heldout_BT)
     else:
-        trained = sae.train_sae(model, layer, train_BT, cfg, run, generator)
+        trained = sae.train_sae(sae.ActivationBuffer(model, layer, train_BT, cfg, generator), cfg, run, generator)
         interpret.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
     trained.save(run.folder, model_name=model_name(args), layer=layer, context=train_BT.shape[1])
-    features_NF = torch.cat([trained.encode(sae.mlp_rows(model, layer, batch_BT).float()).cpu() for batch_BT in heldout_BT.split(16)])
+    features_NF = torch.cat([trained.encode(x_ND.float()).cpu() for x_ND in sae.mlp_rows(model, layer, heldout_BT).split(2048)])
     explained_F = interpret.explanation_score(features_NF, heldout_BT).pearson_F
-    return sae.evaluate_sae(model, layer, trained, heldout_BT) | {"explanation_score": explained_F.nanmean().item()} | (
+    return sae.evaluate_sae(model, layer, trained, heldout_BT) | {"explanation_score": interpret.finite(explained_F.nanmean().item())} | (
         {} if cfg.load else {"tokens_per_second": run.tokens_per_second})
 
 
@@ -159,17 +159,26 @@ class CompareConfig:
     seeds: int = 3                               # runs of each, with seeds 0, 1, …
     kls: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0)        # nats at which gains are compared
 
+    def __post_init__(self):
+        check_positive(self, "compare", "seeds")
+        if not self.names() or not all(kl > 0 for kl in self.kls):
+            raise UserError("--compare-runs needs a policy or more, and --compare-kls numbers above 0")
+
+    def names(self) -> list[str]:
+        """-> the runs one by one."""
+        return [" ".join(part.split()) for part in self.runs.split(";") if part.strip()]
+
 
 def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: "Run") -> dict:
     """Train each of --compare-runs with every seed, all in folders OUT/rlhf-… of their own, and lay them side by side; finished ones are not
     run again. Gains are read off at equal KL, with 95 % bootstrap intervals over seeds and prompts; the first is compared with each of the
     others seed by seed and prompt by prompt."""
-    names = [" ".join(part.split()) for part in cfg.runs.split(";") if part.strip()]
-    cells = {name: [another(args, ["--policy", *name.split(), "--seed", str(seed)], [*name.split()[1:], args.tag, f"seed{seed}"])
+    names = cfg.names()
+    cells = {name: [variant(args, ["--policy", *name.split(), "--seed", str(seed)], [*name.split()[1:], args.tag, f"seed{seed}"])
                     for seed in range(cfg.seeds)] for name in names}
     for seed in range(cfg.seeds):                    # so that an early end leaves as many of each
         for name in names:
-            run_apart(cells[name][seed], "rlhf")
+            run_if_unfinished(cells[name][seed], "rlhf")
     folders = {name: [folder_of(cell, "rlhf") for cell in cells[name]] for name in names}
     gains = {name: ppo.gains_at_kls([evaluations(folder) for folder in folders[name]], cfg.kls) for name in names}      # (value, bootstrap samples)
     figures = {name: means([read_json(folder / "metrics.json") for folder in folders[name]]) for name in names}
@@ -192,6 +201,9 @@ class SweepConfig:
     rlhf: bool = True                                    # also train --policy on each SAE
     kl: float = 2.0                                      # nats at which gains are compared
 
+    def __post_init__(self):
+        check_positive(self, "sweep", "seeds", "kl")
+
 
 def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
     """Train an SAE for each objective, L0 target and seed, and --policy on each, in folders OUT/sweep-OBJECTIVE-L0-SEED, on the same text;
@@ -202,10 +214,10 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
     stages = ["sae"] + ["rlhf"] * cfg.rlhf + ["interpret"] * (cfg.rlhf and args.policy == "coef")
     rows = []
     for objective, l0 in itertools.product(cfg.objectives, cfg.l0):
-        cells = [another(args, ["--sae-objective", objective, "--sae-l0", f"{l0:g}", "--seed", str(seed), "--out",
+        cells = [variant(args, ["--sae-objective", objective, "--sae-l0", f"{l0:g}", "--seed", str(seed), "--out",
                                 f"{args.out}/sweep-{objective}-{l0:g}-{seed}"], [args.tag]) for seed in range(cfg.seeds)]
         for cell, stage in itertools.product(cells, stages):
-            run_apart(cell, stage)
+            run_if_unfinished(cell, stage)
         measured = [read_json(folder_of(cell, "sae") / "metrics.json") for cell in cells]
         figures = means(measured, SAE_FIGURES) | {"sae_seconds": statistics.mean(each["seconds"] for each in measured)}
         if cfg.rlhf:
@@ -224,9 +236,11 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
 def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: "Run") -> dict:
     """Train a reward model on the backbone of --model, from preference pairs or labelled texts in --corpus."""
     model, tokenizer = load_model(args)
+    if cfg.max_tokens > model.cfg.max_positions:
+        raise UserError(f"--reward-max-tokens {cfg.max_tokens}: {args.model} has only {model.cfg.max_positions} positions")
     generator = torch.Generator().manual_seed(args.seed)
-    pairs, labelled = read_pairs(need(args.corpus, "--corpus"), cfg.half, generator)
-    heldout, _ = read_pairs(need(args.eval_corpus, "--eval-corpus"), 0, generator)
+    pairs, labelled = read_pairs(required(args.corpus, "--corpus"), cfg.half, generator)
+    heldout, _ = read_pairs(required(args.eval_corpus, "--eval-corpus"), 0, generator)
     trained = reward.train_reward(reward.RewardModel.from_backbone(model.float(), generator), reward.encode_pairs(pairs, tokenizer), cfg,
                                   run, generator, random_cut=labelled)
     trained.half().save_pretrained(run.folder / "model")
@@ -259,6 +273,11 @@ class LMConfig:
     max_grad_norm: float = 1.0
     checkpoint_seconds: float = 120.0    # between resumable states
 
+    def __post_init__(self):
+        check_positive(self, "lm", "num_layers", "hidden_size", "num_heads", "tokens", "batch_size", "micro_batch", "lr", "warmup", "max_grad_norm")
+        if self.context < 2 or self.weight_decay < 0:
+            raise UserError("--lm-context needs 2 tokens or more, and --lm-weight-decay must not be negative")
+
 
 def next_token_loss(model: Pythia, tokens_BT: Tensor) -> Tensor:
     """-> mean cross-entropy in nats a predicted token (all but each window's first)."""
@@ -269,7 +288,7 @@ def next_token_loss(model: Pythia, tokens_BT: Tensor) -> Tensor:
 def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
     """Train a language model on --corpus; its held-out loss is measured on --eval-corpus with the weights as saved."""
     tokenizer = Tokenizer.from_pretrained(cfg.tokenizer)
-    windows_BT = token_windows(read_texts(need(args.corpus, "--corpus")), tokenizer, cfg.context)
+    windows_BT = token_windows(read_texts(required(args.corpus, "--corpus")), tokenizer, cfg.context)
     shape = PythiaConfig(math.ceil(tokenizer.vocab_size / 64) * 64, cfg.hidden_size, cfg.num_layers, cfg.num_heads,
                          intermediate_size=4 * cfg.hidden_size, max_positions=cfg.context)
     generator = torch.Generator().manual_seed(args.seed)
@@ -361,8 +380,7 @@ def token_windows(texts: list[str], tokenizer: Tokenizer, context: int) -> Tenso
 def load_model(args: argparse.Namespace) -> tuple[Pythia, Tokenizer]:
     """-> the frozen model of --model and its tokenizer."""
     model, tokenizer = Pythia.from_pretrained(args.model, dtype=args.dtype, device=args.device), Tokenizer.from_pretrained(args.model)
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise UserError(f"{args.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model only {model.cfg.vocab_size} embeddings")
+    tokenizer.check_fits(model, args.model)
     return model, tokenizer
 
 
@@ -407,7 +425,7 @@ def random_like(args: argparse.Namespace, model: Pythia, layer: int, trained: sa
     if args.policy == "random":
         return sae.random_dictionary(trained, generator, l0=read_json(folder / "metrics.json")["l0"])
     text_BT = read_safetensors(folder / "text.safetensors")["heldout"][:64]
-    return sae.random_dictionary(trained, generator, torch.cat([sae.mlp_rows(model, layer, batch_BT) for batch_BT in text_BT.split(16)]).float())
+    return sae.random_dictionary(trained, generator, sae.mlp_rows(model, layer, text_BT).float())
 
 
 def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: "Run",
@@ -422,25 +440,27 @@ def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokeni
         generator.set_state(text["generator"].clone())
         return text["train"], text["heldout"]
     context = min(cfg.context, model.cfg.max_positions)
-    heldout = max(1, cfg.eval_tokens // context)
+    heldout = max(2, cfg.eval_tokens // context)     # explanations are fitted on half of the windows
     if args.corpus:
         windows_BT = token_windows(read_texts(args.corpus), tokenizer, context)
         windows_BT = windows_BT[torch.randperm(len(windows_BT), generator=generator)]
         heldout = min(heldout, len(windows_BT) // 5)
-        if not heldout:
+        if heldout < 2:
             raise UserError(f"{args.corpus}: {len(windows_BT)} windows of {context} tokens are too few to train on and hold some out")
     else:
-        windows_BT = sample_windows(model, tokenizer, heldout + -(-cfg.text_tokens // context), context, cfg.text_batch, generator)
+        train = 0 if cfg.load else -(-cfg.text_tokens // context)
+        windows_BT = sample_windows(model, tokenizer, heldout + train, context, cfg.text_batch, generator)
     write_safetensors(path, {"heldout": windows_BT[:heldout], "train": windows_BT[heldout:], "generator": generator.get_state()})
     return windows_BT[heldout:], windows_BT[:heldout]
 
 
 def find_text(run: "Run") -> Path | None:
     """-> the text that a run made before it was stopped, or that an SAE beside it (another layer's, or a sweep's) made with the same options."""
-    beside = run.folder.parent.parent
-    for found in (run.folder / "text.safetensors", *sorted([*beside.glob("*/text.safetensors"), *beside.glob("*/*/text.safetensors")])):
+    out, same = run.folder.parent, [name for name in run.config if name in TEXT_DEPENDS or name.startswith("sha256 ")]
+    beside = sorted([*out.glob("sae*/text.safetensors"), *(out.parent.glob("sweep-*/sae/text.safetensors") if out.name.startswith("sweep-") else ())])
+    for found in (run.folder / "text.safetensors", *beside):
         config = found.with_name("config.json")
-        if found.exists() and config.exists() and all(read_json(config).get(name) == run.config[name] for name in TEXT_DEPENDS):
+        if found.exists() and config.exists() and all(read_json(config).get(name) == run.config[name] for name in same):
             return found
     return None
 
@@ -492,27 +512,34 @@ RLHF_FIGURES = ("score_gain_std", "kl", "gold_gain_std", "reward_loss", "distinc
 SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead_fraction", "shrinkage", "explanation_score")
 
 
-def another(args: argparse.Namespace, options: list[str], tags: list[str]) -> argparse.Namespace:
+def variant(args: argparse.Namespace, options: list[str], tags: list[str]) -> argparse.Namespace:
     """-> the options of this command, with others in their place; the tag is made of `tags`."""
     tag = re.sub(r"[^a-z0-9]+", "-", " ".join(tags).lower()).strip("-")
     return resolve(parse([*args.argv, *options, "--tag", tag, "--resume"]))
 
 
-def run_apart(cell: argparse.Namespace, stage: str) -> None:
-    """Run each part of a stage in a process of its own, so that memory is measured for it alone; not again what is finished."""
+def run_if_unfinished(cell: argparse.Namespace, stage: str) -> None:
+    """Run a stage in a process of its own, so that memory is measured for it alone; not again what is finished."""
     if stage == "rlhf" and cell.policy in ppo.NEED_SAE and missing_saes(cell):
-        start_apart(cell, "sae")
+        run_process(cell, "sae")
     folder = folder_of(cell, stage)
     if (folder / "metrics.json").exists():
         Run(folder, run_config(cell, stage), resume=True).lock.close()           # refuses what was made with other options
     else:
-        start_apart(cell, stage)
+        run_process(cell, stage)
 
 
-def start_apart(cell: argparse.Namespace, stage: str) -> None:
-    """Run `python train.py` with these options."""
-    if subprocess.run([sys.executable, __file__, *cell.argv, "--stage", stage]).returncode:
-        raise UserError(f"{cell.out}: --stage {stage} {cell.tag} failed, see above; --resume goes on behind the runs that are finished")
+def run_process(cell: argparse.Namespace, stage: str) -> None:
+    """Run `python train.py` with these options; when this process is stopped, that one may save its state."""
+    child = subprocess.Popen([sys.executable, __file__, *cell.argv, "--stage", stage], start_new_session=True)
+    try:
+        failed = child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+    if failed:
+        raise UserError(f"{cell.out}: --stage {stage} {cell.tag} failed, see above; --resume goes on after the runs that are finished")
 
 
 def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -527,8 +554,8 @@ def means(figures: list[dict], keys: tuple[str, ...] = RLHF_FIGURES) -> dict:
 
 
 def intervals(title: str, kls: tuple[float, ...], values: np.ndarray, drawn: np.ndarray) -> dict[str, str]:
-    """-> columns of a table: the value at each KL with the middle 95 % of its bootstrap samples, which `drawn` has a row of each; not where
-    more than 2.5 % of these do not come so far: the others would flatter."""
+    """-> columns of a table: the value at each KL with the middle 95 % of its bootstrap samples, the rows of `drawn`; "not reached" where more
+    than 2.5 % of these do not come so far, for the others would make the interval too high."""
     return {f"{title} {at:g}": f"{value:.2f} [{np.nanquantile(sample, 0.025):.2f}, {np.nanquantile(sample, 0.975):.2f}]"
             if math.isfinite(value) and np.isnan(sample).mean() <= 0.025 else "not reached" for at, value, sample in zip(kls, values, drawn.T)}
 
@@ -616,7 +643,7 @@ class Run:
 
     def stop(self, signum: int, frame: object) -> None:
         """On Ctrl-C or SIGTERM: the training loop may end its step, and saves its state; after 10 s, or when asked twice, or where no loop
-        runs, stop at once (the alarm after 10 s comes back here). The state on the disk is whole at any instant."""
+        has begun, stop at once (the alarm after 10 s comes back here). The state on the disk is whole at any instant."""
         if self.stopped or not self.in_loop:
             raise KeyboardInterrupt(self.stopped or signum)
         self.stopped = signum
@@ -650,12 +677,13 @@ STAGES = {"lm": (stage_lm, LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward
 ASSETS = Path(__file__).parent / "assets"
 # What besides its own options a stage's result depends on; another value of these is another run.
 DEPENDS = {"lm": ("corpus", "eval_corpus", "seed"), "sae": ("model", "layers", "corpus", "dtype", "seed"),
-           "reward": ("model", "corpus", "eval_corpus", "seed"), "interpret": ("model", "layers"),
+           "reward": ("model", "corpus", "eval_corpus", "dtype", "seed"), "interpret": ("model", "layers", "dtype"),
            "rlhf": ("model", "layers", "policy", "edit", "reward", "gold", "prompts", "eval_prompts", "dtype", "seed"),
            "compare": ("model", "layers", "edit", "reward", "gold", "prompts", "eval_prompts", "corpus", "dtype"),
            "sweep": ("model", "layers", "policy", "edit", "reward", "gold", "prompts", "eval_prompts", "corpus", "dtype")}
 PARTS = {"compare": ("rlhf",), "sweep": ("sae", "rlhf", "interpret")}          # stages that these run, with the same options
-TEXT_DEPENDS = ("model", "corpus", "dtype", "seed", "context", "text_batch", "text_tokens", "eval_tokens")        # the text of an SAE's training
+# What the text of an SAE's training depends on.
+TEXT_DEPENDS = ("model", "corpus", "dtype", "seed", "context", "text_batch", "text_tokens", "eval_tokens", "load")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -698,9 +726,16 @@ def yes_or_no(text: str) -> bool:
     return bool(("no", "yes").index(text))
 
 
+def number(text: str) -> float:
+    """float, but ValueError for NaN and infinities."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """`1,2.5` -> (1.0, 2.5)"""
-    return tuple(float(part) for part in text.split(",") if part)
+    return tuple(number(part) for part in text.split(",") if part)
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -708,7 +743,7 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-FIELD_TYPES = {bool: yes_or_no, tuple[float, ...]: numbers, tuple[str, ...]: words}          # argparse tells them by these names
+FIELD_TYPES = {bool: yes_or_no, float: number, tuple[float, ...]: numbers, tuple[str, ...]: words}          # argparse tells them by these names
 
 
 def choose_device(args: argparse.Namespace) -> None:
@@ -726,12 +761,14 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """-> the options with what follows from them: args.device, args.dtype, args.layers, and args.configs, the configuration of each stage."""
     args.configs = {stage: config(**{f.name: getattr(args, f"{stage}_{f.name}") for f in dataclasses.fields(config)})
                     for stage, (_, config) in STAGES.items()}
+    if not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"--seed {args.seed}: give a number from 0 to 2 ** 63 − 1")
     choose_device(args)
     choose_layers(args)
     return args
 
 
-def need(value: str | None, option: str) -> str:
+def required(value: str | None, option: str) -> str:
     """-> the option's value, or a UserError that asks for it."""
     if value is None:
         raise UserError(f"{option} is needed for this stage")
@@ -749,21 +786,24 @@ def folder_of(args: argparse.Namespace, stage: str) -> Path:
 
 
 def run_config(args: argparse.Namespace, stage: str) -> dict:
-    """-> all that a stage's result depends on, its config.json: its own options, those in DEPENDS, and the files of earlier stages."""
+    """-> all that a stage's result depends on, its config.json: its own options, those in DEPENDS, and the files that it reads."""
     config = dataclasses.asdict(args.configs[stage])
     for part in PARTS.get(stage, ()):
         config |= {f"{part}_{name}": value for name, value in dataclasses.asdict(args.configs[part]).items()}
+    config = {name: value for name, value in config.items() if not name.endswith("checkpoint_seconds")}
     return json.loads(json.dumps(config)) | {name: str(getattr(args, name)) for name in DEPENDS[stage]} | inputs(args, stage)
 
 
 def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
-    """-> hashes of the files that earlier stages made for this one: coefficients mean nothing on another SAE than they were learned on."""
+    """-> hashes of the corpus, and of the files that earlier stages made for this one: coefficients mean nothing on another SAE than they were
+    learned on."""
+    corpus = {f"sha256 of {args.corpus}": sha256(Path(args.corpus))} if stage in ("lm", "sae", "reward") and os.path.isfile(args.corpus or "") else {}
     files = []
     if stage in ("rlhf", "interpret") and args.policy in ppo.NEED_SAE:
         files += [sae_folder(args, layer) / "sae_weights.safetensors" for layer in args.layers]
     if stage == "interpret":
         files.append(folder_of(args, "rlhf") / "policy.safetensors")
-    return {f"sha256 of {path.relative_to(args.out)}": sha256(path) for path in files if path.exists()}
+    return corpus | {f"sha256 of {path.relative_to(args.out)}": sha256(path) for path in files if path.exists()}
 
 
 def sha256(path: Path) -> str:
@@ -802,12 +842,24 @@ def run_saes(args: argparse.Namespace, missing: bool = False) -> None:
         run_stage("sae", argparse.Namespace(**vars(args) | {"layers": [layer]}))
 
 
+def check_inputs(args: argparse.Namespace) -> None:
+    """UserError for what rlhf will refuse or not find: now, not when the SAE has been trained."""
+    ppo.check_policy(args.policy, args.edit, args.configs["rlhf"])
+    for path in (args.prompts, args.eval_prompts):
+        read_prompts(path)
+    for name in filter(None, (args.reward, args.gold)):
+        reward.avoid_words(name.removeprefix("avoid:")) if name.startswith("avoid:") else CheckpointFiles(name).need("config.json")
+
+
 def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0, or 2 with one line on stderr for what the user can mend."""
     try:
         args = resolve(parse(sys.argv[1:] if argv is None else argv))
         whole = ["sae", "rlhf", "interpret"] if args.policy == "coef" else ["sae", "rlhf"]         # of the others there are no features to show
-        for stage in whole if args.stage == "all" else [args.stage]:
+        stages = whole if args.stage == "all" else [args.stage]
+        if "rlhf" in stages:
+            check_inputs(args)
+        for stage in stages:
             if stage == "sae" or stage == "rlhf" and args.policy in ppo.NEED_SAE:
                 run_saes(args, missing=stage == "rlhf")
             if stage != "sae":

@@ -32,9 +32,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo  # noqa: E402
 from interpret import as_sparse_as, class_means, explanation_score, logit_effect  # noqa: E402
-from pythia import Pythia, PythiaConfig, Tokenizer, read_json, read_rows, read_safetensors, write_json, write_safetensors  # noqa: E402
-from reward import RewardModel, encode_pairs, pad_right, pairs_from_labels, window  # noqa: E402
-from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, load_sae, mlp_rows, mmcs, train_on_rows, train_sae  # noqa: E402
+from pythia import Pythia, PythiaConfig, Tokenizer, pad, read_json, read_rows, read_safetensors, write_json, write_safetensors  # noqa: E402
+from reward import RewardModel, encode_pairs, pairs_from_labels, window  # noqa: E402
+from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, load_sae, mlp_rows, mmcs, train_sae  # noqa: E402
 
 # name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed
 SHAPES = {"trl": (4, 192, 6, 4096), "14m": (6, 128, 4, 50304), "70m": (6, 512, 8, 50304), "160m": (12, 768, 12, 50304),
@@ -245,7 +245,7 @@ class PPOBench:
         rollout, cfg = self.rollout, self.cfg
         rewards_BR = ppo.kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, 0.05)
         advantages_BR, returns_BR = ppo.gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
-        ppo.update_policy(self.policy, self.critic, self.optimizer, {}, rollout, ppo.whiten(advantages_BR, rollout.mask_BR), returns_BR, cfg, self.generator)
+        ppo.update_policy(self.policy, self.critic, self.optimizer, {}, rollout, ppo.whiten(advantages_BR, rollout.mask_BR), returns_BR, cfg, self.generator, "bench")
 
     def iteration(self) -> None:
         for phase in (self.generate, self.reference, self.score, self.update):
@@ -385,7 +385,7 @@ def bow(args: argparse.Namespace) -> None:
         chosen, rejected = (bag_of_words([pair[side] for pair in cut], tokenizer.vocab_size) for side in (0, 1))
         best = max(all_pairs_accuracy(chosen @ w, rejected @ w) for w in weights)
         with torch.no_grad():
-            scores = [torch.cat([model.score(*pad_right([pair[side] for pair in cut[i:i + 64]], model.device))
+            scores = [torch.cat([model.score(*pad([pair[side] for pair in cut[i:i + 64]], device=model.device))
                                  for i in range(0, len(cut), 64)]) for side in (0, 1)]
         print(json.dumps({"bench": "bow", "tokens": length, "pairs": len(cut) ** 2, "bag_of_words_accuracy": round(best, 4),
                           "reward": args.reward, "reward_accuracy": round(all_pairs_accuracy(*scores), 4)}))
@@ -437,7 +437,7 @@ def planted(args: argparse.Namespace) -> None:
         buffer, run = PlantedRows(262_144, generator), NoRun()
         cfg = SAEConfig(num_features=1024, objective=objective, l0=args.l0, tokens=args.tokens, lr=args.lr)
         start = time.monotonic()
-        sae = train_on_rows(buffer, cfg, run, generator)
+        sae = train_sae(buffer, cfg, run, generator)
         seconds = time.monotonic() - start
         fired_F = torch.stack([(sae.encode(chunk) > 0).sum(0) for chunk in buffer.rows_ND.split(8192)]).sum(0)
         print(json.dumps({"bench": "planted", "objective": objective, "seed": args.seed, "tokens": args.tokens, "lr": args.lr,
@@ -475,7 +475,7 @@ def explain(args: argparse.Namespace) -> None:
     rows_ND, other_ND = (mlp_rows(m, layer, text["heldout"]).float() for m in (model, shuffled))
     print(json.dumps({"bench": "explain", "seed": args.seed, "variance_explained_by_the_token": round(by_token(rows_ND, text["heldout"]), 4),
                       "shuffled": round(by_token(other_ND, text["heldout"]), 4)}), flush=True)
-    other = train_sae(shuffled, layer, text["train"], cfg, NoRun(), generator)
+    other = train_sae(ActivationBuffer(shuffled, layer, text["train"], cfg, generator), cfg, NoRun(), generator)
     features_NF, other_NF = trained.encode(rows_ND), other.encode(other_ND)
     rate_F, directions_DG = (features_NF > 0).float().mean(0), F.normalize(torch.randn(rows_ND.shape[1], args.features, generator=generator), dim=0)
     columns = {"SAE": features_NF, "MLP coordinates": as_sparse_as(rows_ND, rate_F), "random directions": as_sparse_as(rows_ND @ directions_DG, rate_F),

@@ -22,7 +22,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta")        # as sae.py does
 
 
 @pytest.fixture(autouse=True)

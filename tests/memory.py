@@ -28,7 +28,7 @@ import train
 from bench import NoRun
 from pythia import Pythia, PythiaConfig
 from reward import RewardModel
-from sae import OBJECTIVES, SAE, SAEConfig, evaluate_sae, mlp_rows, train_sae
+from sae import OBJECTIVES, SAE, ActivationBuffer, SAEConfig, evaluate_sae, mlp_rows, train_sae
 
 ACTIVE = 64              # features a token
 META = torch.device("meta")
@@ -118,13 +118,13 @@ def sae_training(args: argparse.Namespace) -> list[Callable[[], object]]:
 
     def training() -> None:
         windows_BT = torch.zeros(cfg.text_tokens // cfg.context, cfg.context, dtype=torch.int32)
-        kept["sae"] = train_sae(model, args.layer, windows_BT, cfg, NoRun(), torch.Generator())
+        kept["sae"] = train_sae(ActivationBuffer(model, args.layer, windows_BT, cfg, torch.Generator()), cfg, NoRun(), torch.Generator())
 
     def evaluation() -> None:
         heldout_BT = torch.randint(4, 50_000, (cfg.eval_tokens // cfg.context, cfg.context), dtype=torch.int32)
         evaluate_sae(model, args.layer, kept["sae"], heldout_BT)
-        for batch_BT in heldout_BT.split(16):
-            kept["sae"].encode(mlp_rows(model, args.layer, batch_BT).float())
+        for x_ND in mlp_rows(model, args.layer, heldout_BT).split(2048):
+            kept["sae"].encode(x_ND.float())
     return [text, training, evaluation]
 
 

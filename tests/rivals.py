@@ -29,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import NoRun  # noqa: E402
 from pythia import Pythia, read_json, read_safetensors, write_json  # noqa: E402
-from sae import SAE, SAEConfig, evaluate_sae, load_sae, mlp_rows, train_on_rows  # noqa: E402
+from sae import SAE, SAEConfig, evaluate_sae, load_sae, mlp_rows, train_sae  # noqa: E402
 
 LIBRARY_CLASSES = {"l1": "StandardTrainer", "topk": "TopKTrainer", "batchtopk": "BatchTopKTrainer"}
 
@@ -53,7 +53,7 @@ class Rows:
 
 def ours(args: argparse.Namespace, rows: Rows, seed: int, lr: float, objective: str, l0: float, _: float) -> tuple[SAE, float]:
     cfg = SAEConfig(num_features=args.features, objective=objective, l0=l0, tokens=args.tokens, batch_size=args.batch, lr=lr, refit=args.refit)
-    trained = train_on_rows(rows, cfg, run := NoRun(), torch.Generator().manual_seed(seed))
+    trained = train_sae(rows, cfg, run := NoRun(), torch.Generator().manual_seed(seed))
     return trained, args.tokens / run.tokens_per_second
 
 
@@ -110,7 +110,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, text = args, read_safetensors(args.folder / "text.safetensors")
         self.model, self.heldout_BT = Pythia.from_pretrained("tiny", dtype=torch.float32), text["heldout"]
-        train_ND, heldout_ND = (torch.cat([mlp_rows(self.model, args.layer, part_BT) for part_BT in tokens_BT.split(64)]).float()
+        train_ND, heldout_ND = (mlp_rows(self.model, args.layer, tokens_BT).float()
                                 for tokens_BT in (text["train"], self.heldout_BT))
         self.scale = math.sqrt(train_ND.shape[1] / train_ND.square().sum(-1).mean().item())
         self.train_ND, self.heldout_ND = self.scale * train_ND, self.scale * heldout_ND

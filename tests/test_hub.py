@@ -3,6 +3,7 @@
 import hashlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -39,8 +40,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"X-Error-Code": "RepoNotFound"})
         if name not in hub.files:
             return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        data = hub.files[name]
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'W/"{hub.etag(data)}"'}
+        data, commit = hub.files[name], hub.main if "/resolve/main" in self.path else COMMIT
+        headers = {"X-Repo-Commit": commit, "ETag": f'W/"{hub.etag(data)}"'}
         if len(data) >= LARGE:
             linked = {"X-Linked-Etag": f'"{hub.etag(data)}"', "X-Linked-Size": str(len(data)), "ETag": '"of the redirect"'}
             return self.answer(302, headers | linked | {"Location": f"http://localhost:{self.server.storage.server_port}/{hub.etag(data)}"})
@@ -73,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
 class Hub:
     def __init__(self):
         self.files, self.seen, self.cuts = {}, [], []            # cuts: how many bytes of each coming answer arrive
-        self.token, self.ranges, self.spoiled = None, True, False
+        self.token, self.ranges, self.spoiled, self.main = None, True, False, COMMIT
         self.storage = Server(self, None)
         self.server = Server(self, self.storage)
 
@@ -127,6 +128,20 @@ def test_cache_has_the_layout_of_huggingface_hub_and_is_asked_first(hub, cache, 
     assert (cache / "refs" / "refs" / "pr" / "1").read_text() == COMMIT
 
 
+def test_all_files_are_of_the_commit_that_the_first_was_of(hub, cache):
+    hub.files = {"a": b"1", "b": b"2"}
+    hub_file(REPO, "main", "a")
+    hub.main = "f" * 40                                          # somebody pushes
+    assert hub_file(REPO, "main", "b") == cache / "snapshots" / COMMIT / "b" and (cache / "refs" / "main").read_text() == COMMIT
+
+
+def test_two_that_fetch_the_same_file_do_not_collide(hub):
+    hub.files["f"] = BYTES
+    with ThreadPoolExecutor(8) as pool:
+        assert {path.read_bytes() for path in pool.map(lambda _: hub_file(REPO, "main", "f"), range(8))} == {BYTES}
+    assert len([seen for seen in hub.take() if seen[1] == "storage"]) == 1
+
+
 def test_a_snapshot_whose_blob_is_gone_is_fetched_again(hub):
     hub.files["f"] = BYTES
     path = hub_file(REPO, "main", "f")
@@ -138,7 +153,7 @@ def test_what_is_absent_is_none_and_unknown_repositories_are_refused(hub, cache)
     assert hub_file(REPO, "main", "f") is None and not [name for name in tree(cache) if not name.startswith((".no_exist", "refs"))]
     assert "has no f" in complaint(CheckpointFiles(REPO).need, "f")
     for repo, revision in ("acme/other", "main"), (REPO, "v9"):
-        assert f"{repo} ({revision}) is not a repository of http://127.0.0.1" in complaint(hub_file, repo, revision, "f")
+        assert f"f of {repo} ({revision}): there is no such repository or revision at http://127.0.0.1" in complaint(hub_file, repo, revision, "f")
 
 
 # -------------------------------------------------------------------------------------------------------------- downloads
@@ -186,7 +201,7 @@ def test_the_token_goes_to_the_first_host_only(hub, cache, monkeypatch):
 
 def test_a_hub_that_is_none_or_cannot_be_reached_is_one_line(hub, monkeypatch):
     hub.files["f"], endpoint = b"{}", os.environ["HF_ENDPOINT"]
-    monkeypatch.setitem(globals(), "COMMIT", "v1.0")             # what the server announces
+    hub.main = "v1.0"                                            # what the server announces
     assert "no commit, etag and size" in complaint(hub_file, REPO, "main", "f")
     hub.server.shutdown()
     hub.server.server_close()

@@ -187,7 +187,7 @@ def test_a_planted_feature_is_at_the_top():
         sae.W_enc_DF[:, 4], sae.b_enc_F[4] = 0.0, 4.0
         sae.W_enc_DF[:, 7] = torch.nn.functional.normalize(mlp_ND[[50, 51]].mean(0) - mlp_ND.mean(0), dim=0)
         policy.edits[3].coef_F.fill_(3.0)
-    causal = interpret.causal_effects(policy, evaluation, InterpretConfig(features=8, effect_samples=32, checks=2))
+    causal = interpret.causal_effects(policy, evaluation, InterpretConfig(features=8, effect_samples=32, fresh_samples=32, checks=2))
     assert list(causal.effects)[0] == (3, 4) and (3, 7) in list(causal.effects)[:2] and len(causal.effects) == 8
     top, summary = causal.effects[3, 4], causal.summary
     assert top["set_back"]["mean"] > 3 * top["set_back"]["se"] and top["alone"]["mean"] > 0 and 1 < top["set_back"]["ess"] < 1024
@@ -221,14 +221,16 @@ def test_carriers(gains, errors, want):
 
 
 def test_contexts_of_strong_and_of_weak_activations():
-    activations_BT, tokens_BT = torch.zeros(10, 11), random_tokens(10, 11)
-    activations_BT[torch.arange(10), torch.arange(10)] = torch.arange(1.0, 11)             # window b is active at b, at strength b + 1
-    activations_BT[9, 0] = 9.5
+    activations_BT, tokens_BT = torch.zeros(20, 21), random_tokens(20, 21)
+    activations_BT[torch.arange(20), torch.arange(20)] = torch.arange(1.0, 21)             # window b is active at b, at strength b + 1
+    activations_BT[19, 0] = 19.5
     top = interpret.top_contexts(activations_BT, tokens_BT, Characters(), 3, 2)
-    assert [max(context.activations) for context in top] == [10, 9, 8] and top[0].tokens == [chr(i) for i in tokens_BT[9, 7:11].tolist()]
+    assert [max(context.activations) for context in top] == [20, 19, 18] and top[0].tokens == [chr(i) for i in tokens_BT[19, 17:].tolist()]
     weak = interpret.quantile_contexts(activations_BT, tokens_BT, Characters(), 2)
     assert [(context.label, max(context.activations)) for context in weak] == [
-        (f"quantile {q} of its activations", value) for q, value in ((0.9, 9.5), (0.9, 9), (0.5, 6), (0.5, 5), (0.1, 2), (0.1, 1))]
+        (f"quantile {q} of its activations", value) for q, value in ((0.9, 18), (0.9, 19), (0.5, 10), (0.5, 11), (0.1, 2), (0.1, 3))]
+    activations_BT[0] = activations_BT[1] = 0                                              # of 19 active tokens no quantiles are told
+    assert interpret.quantile_contexts(activations_BT, tokens_BT, Characters(), 2) == []
     assert interpret.top_contexts(torch.zeros(2, 4), tokens_BT, Characters(), 3, 2) == []
     assert interpret.quantile_contexts(torch.zeros(2, 4), tokens_BT, Characters(), 2) == []
 
@@ -244,4 +246,18 @@ def test_tokens_beyond_the_tokenizers_vocabulary():
 
 
 def test_options_are_checked():
-    assert "--interpret-effect-samples 0" in complaint(InterpretConfig, effect_samples=0)
+    assert "--interpret-effect-samples must be positive" in complaint(InterpretConfig, effect_samples=0)
+
+
+def test_what_all_effects_share_is_no_agreement():
+    """Effects of one half of the prompts may be larger than those of the other all together, by noise that they share."""
+    generator = seeded()
+    true_G = torch.randn(400, generator=generator)
+    shift = torch.tensor([3.0, -3.0], dtype=torch.float64)                     # by the even and by the odd prompts
+    for strength in (0.0, 1.0):
+        predicted = {(2, i): strength * true_G[i].double() + shift + torch.randn(2, generator=generator) for i in range(400)}
+        single = {(2, i): torch.stack([strength * true_G[i].double() + shift[half] + torch.randn(1, generator=generator).double() for half in (0, 1)]).flatten()
+                  for i in range(400)}
+        found = interpret.agreement(dict.fromkeys(predicted), single, predicted)
+        assert abs(found["r_other_prompts"] - 0.5 * strength) < 0.1 and found["r"] is not None
+    assert interpret.correlation(torch.ones(5), torch.arange(5.0)) is None

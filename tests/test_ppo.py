@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
-from ppo import (AdaptiveKL, Critic, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, SparseFeatures, Standardize, Trunk,
+from ppo import (AdaptiveKL, Critic, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, Standardize, Trunk,
                  collect_rollouts, episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, keep_few, kl_rewards, make_policy,
                  next_logprobs, make_rollout, pick, ppo_loss, respond, score, select, train_ppo, update_policy, whiten)
-from pythia import UserError, pad_left
+from pythia import UserError, pad
 from sae import SAE
 from train import Run
 
@@ -43,7 +43,7 @@ def random_policy(name, model, layers=(2,), edit="scale", moved=True, keep=0):
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:
     """-> tokens_BT, mask_BT of five rows of different length, left-padded; the responses' ends are masked out raggedly."""
-    tokens_BT, mask_BT = pad_left([random_tokens(length, seed=length).tolist() for length in (6, 11, 8, 12, 9)], pad_id=0)
+    tokens_BT, mask_BT = pad([random_tokens(length, seed=length).tolist() for length in (6, 11, 8, 12, 9)], side="left")
     mask_BT[:, -R:] = torch.arange(R) < torch.tensor([[5], [1], [3], [5], [2]])
     return tokens_BT, mask_BT
 
@@ -227,7 +227,7 @@ def test_keep_few_keeps_what_moved(layers):
         numbers[name][i] += size
     for p in numbers.values():
         p += 1e-4 * torch.randn(p.shape, generator=generator)
-    kept = keep_few(policy, prompts(), replace(CFG, keep=3, screen=8), generator)
+    kept = keep_few(policy, prompts(), replace(CFG, keep=3, keep_rollouts=8), generator)
     assert {(name, i) for name, mask in kept.items() for i in mask.nonzero().flatten().tolist()} == {(name, i) for name, i, _ in planted}
     for name, i, size in planted:
         assert abs(numbers[name][i].item() - size) < 0.05
@@ -237,7 +237,7 @@ def test_keep_few_keeps_what_moved(layers):
 
 def test_keep_leaves_all_others_exactly_where_they_were(tmp_path):
     policy, run = random_policy("coef", random_model(), (1, 2), "scale+bias", moved=False, keep=5), Run(tmp_path, {}, resume=False)
-    train_ppo(policy, prompts(), lambda tokens_BT, mask_BT: (tokens_BT % 2.0).mean(1), replace(CFG, keep=5, screen=2), run, torch.Generator().manual_seed(0))
+    train_ppo(policy, prompts(), lambda tokens_BT, mask_BT: (tokens_BT % 2.0).mean(1), replace(CFG, keep=5, keep_rollouts=2), run, torch.Generator().manual_seed(0))
     changed = [row["n_changed"] for row in run.rows()]
     assert 1 <= policy.n_changed() <= 5 and changed[3] <= 5 < changed[2]                 # one that was chosen may be silent from then on
     assert changed[:3] == [2 * 32] * 3               # at first a vector at each layer, nothing else
@@ -245,6 +245,14 @@ def test_keep_leaves_all_others_exactly_where_they_were(tmp_path):
         make_policy("steer", random_model(), [2], {}, replace(CFG, keep=5))
     with pytest.raises(UserError, match="--rlhf-iterations"):
         replace(CFG, keep=5, iterations=1)
+
+
+@pytest.mark.parametrize("keep", [5, 32])                        # 32: as many as the vector has numbers
+def test_keep_where_training_diverges_before_the_choice(tmp_path, keep):
+    policy, run = random_policy("coef", random_model(), (2,), "scale+bias", moved=False, keep=keep), Run(tmp_path, {}, resume=False)
+    cfg = replace(CFG, keep=keep, keep_rollouts=2, kl_stop=1e-3, lr=5.0)
+    train_ppo(policy, prompts(), lambda tokens_BT, mask_BT: (tokens_BT % 2.0).mean(1), cfg, run, torch.Generator().manual_seed(0))
+    assert "diverged" in run.rows()[-1] and len(run.rows()) < 4 and 1 <= policy.n_changed() <= keep
 
 
 # ----------------------------------------------------------------------------------------------------------------- rollouts
@@ -324,16 +332,11 @@ def test_select_and_join_are_inverse(name):
     rollout = make_rollout(random_policy(name, random_model(), (1,)), tokens_BT, mask_BT, CFG)
     assert join([select(rollout, slice(0, 2)), select(rollout, slice(2, 5))]).scores_B is None                # not scored yet
     rollout = score(rollout, Sevens(), Standardize(0.5, 2.0), Critic(32, R, tokens_BT.device), CFG)
-    if name == "coef":                                           # parts whose features are of different width
-        ids_BTA, values_BTA = rollout.trunk.features
-        wide = SparseFeatures(torch.nn.functional.pad(ids_BTA, (0, 4)), torch.nn.functional.pad(values_BTA, (0, 4)))
-        parts = [select(SparseFeatures(ids_BTA, values_BTA), slice(0, 2)), select(wide, slice(2, 5))]
-        assert all(map(torch.equal, join(parts), wide))
     back = join([select(rollout, slice(0, 2)), select(rollout, torch.tensor([2, 3])), select(rollout, slice(4, 5))])
     assert type(back) is Rollout and type(back.trunk) is Trunk and (back.trunk.resid_BTD is None) == (name in ("full", "lora"))
-    flat = [[*r, *r.trunk, *(r.trunk.features if name == "coef" else ())] for r in (back, rollout)]
+    flat = [[*r, *r.trunk] for r in (back, rollout)]
     pairs = [(one, other) for one, other in zip(*flat) if isinstance(one, torch.Tensor)]
-    assert len(pairs) == {"coef": 14, "neurons": 13, "steer": 12}.get(name, 11) and all(torch.equal(*pair) for pair in pairs)
+    assert len(pairs) == {"coef": 13, "neurons": 13, "steer": 12}.get(name, 11) and all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("score_fn", [sevens, Sevens()], ids=["scores only", "prefixes too"])
@@ -420,8 +423,8 @@ def test_ppo_loss_equals_numpy():
     logprobs, values, mask, old, old_values, advantages, returns = tensors(x.logprobs, x.values, x.mask, x.old, x.old_values,
                                                                            x.advantages, x.returns)
     batch = Rollout(None, None, mask, None, old, None, None, None, values_BR=old_values)
-    losses = ppo_loss(logprobs, values, batch, advantages, returns, PPOConfig(vf_coef=0.1, clip=0.2))
-    assert [loss.item() for loss in losses] == pytest.approx([policy + 0.1 * value, policy, value, *others], abs=1e-6)
+    losses = ppo_loss(logprobs, values, batch, advantages, returns, PPOConfig(clip=0.2))
+    assert [loss.item() for loss in losses] == pytest.approx([policy + value, policy, value, *others], abs=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------- the loop, evaluation
@@ -471,10 +474,10 @@ def test_micro_batches_only_save_memory():
         for parameter in (*policy.trainable().values(), *critic.parameters()):
             parameter.grad = None
         update_policy(policy, critic, torch.optim.SGD(critic.parameters(), lr=0.0), {}, rollout, advantages_BR, advantages_BR,
-               replace(CFG, micro_batch=size, minibatches=1, epochs=1), torch.Generator().manual_seed(1))
+               replace(CFG, micro_batch=size, minibatches=1, epochs=1), torch.Generator().manual_seed(1), "update")
         gradients.append([policy.trainable()["2.coef_F"].grad, *(p.grad for p in critic.parameters())])
     assert len(gradients[0]) == 4 and all(gradient.abs().max() > 1e-4 for gradient in gradients[0])
-    torch.testing.assert_close(*gradients, atol=1e-9, rtol=0)
+    torch.testing.assert_close(*gradients, atol=1e-8, rtol=0)
 
 
 def test_full_in_bfloat16_says_what_it_costs(capsys):
@@ -545,7 +548,7 @@ def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, name, edit, 
 
     def train(run):
         policy = random_policy(name, model, (1, 3), edit, moved=False, keep=keep)
-        return train_ppo(policy, prompts(), Sevens(), replace(CFG, keep=keep, screen=1), run, torch.Generator().manual_seed(0)).trainable()
+        return train_ppo(policy, prompts(), Sevens(), replace(CFG, keep=keep, keep_rollouts=1), run, torch.Generator().manual_seed(0)).trainable()
 
     runs = [Run(tmp_path / folder, {}, resume=False) for folder in "ab"]
     results = [train(run) for run in runs]

@@ -102,7 +102,7 @@ def test_ten_thousand_features():
 
 @pytest.mark.parametrize("change", [
     lambda r: r["causal"].update(carriers=None, r=None, r_other_prompts=None, interaction={"mean": None, "se": None}),
-    lambda r: r["features"][0].update(effect=None, explanation=None, histogram=[], contexts=[], fired=[], tokens=[], peak=0.0),
+    lambda r: r["features"][0].update(explanation=None, histogram=[], contexts=[], fired=[], tokens=[], peak=0.0),
     lambda r: r["causal"]["kept"][-1].update(mean=0.0, se=None),
     lambda r: r.update(rlhf=None, causal=None, samples=[], runs=[], plots={}),
     lambda r: r.update(features=[], samples=[]),

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
-from pythia import Pythia, Tokenizer, pad_left, read_json, read_safetensors, write_json, write_safetensors
+from pythia import Pythia, Tokenizer, pad, read_json, read_safetensors, write_json, write_safetensors
 from reward import (Preference, RewardConfig, RewardModel, TextReward, ThroughText, avoid_words, cut_randomly,
-                    encode_pairs, evaluate_reward, keep_end, load_preferences, load_reward, oasst_dialogue, pad_right,
+                    encode_pairs, evaluate_reward, keep_end, load_preferences, load_reward, oasst_dialogue,
                     pairs_from_labels, prefix_scores, preference_loss, train_reward, window)
 from train import Run
 
@@ -54,7 +54,7 @@ def test_score_reads_the_last_real_token_whatever_the_padding():
     want = torch.stack([model.head(model.hidden(torch.tensor([row]))[0, -1])[0] for row in rows])
     assert want.std() > 0.1
     for padding_id in (0, 1, 63):                                # 0 is end-of-text, which ends every row, too
-        left, (tokens_BT, mask_BT) = pad_left(rows, padding_id), pad_right(rows, CPU)
+        left, (tokens_BT, mask_BT) = pad(rows, padding_id, "left"), pad(rows)
         right = torch.where(mask_BT == 1, tokens_BT, padding_id), mask_BT
         assert right[0][0].tolist() == rows[0] + [padding_id] * 5
         for tokens_BT, mask_BT in (left, right):
@@ -72,7 +72,7 @@ def test_scores_stay_float32_in_mixed_precision():
 
 
 def test_prefixes_are_the_scores_of_the_truncated_texts():
-    model, (tokens_BT, mask_BT) = random_reward(), pad_left([random_tokens(n, seed=n).tolist() for n in (13, 8, 9, 12)], 0)
+    model, (tokens_BT, mask_BT) = random_reward(), pad([random_tokens(n, seed=n).tolist() for n in (13, 8, 9, 12)], side="left")
     mask_BT[1:, -2:] = mask_BT[2, -4:] = 0                       # these responses ended before
     scores_BR, R, T = model.prefixes(tokens_BT, mask_BT, 6), 6, 13
     want_BR = torch.stack([model.score(tokens_BT[:, :t], mask_BT[:, :t]) for t in range(T - R, T + 1)], dim=1)
@@ -103,16 +103,24 @@ def test_from_backbone_starts_the_head_as_ziegler():
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_files_round_trip(tmp_path, tied):
-    model, (tokens_BT, mask_BT) = random_reward(tie_embeddings=tied), pad_left([[0, 5, 6], [0, 9, 8, 7, 6]], 0)
+    model, (tokens_BT, mask_BT) = random_reward(tie_embeddings=tied), pad([[0, 5, 6], [0, 9, 8, 7, 6]], side="left")
     model.save_pretrained(tmp_path)
     weights, config = read_safetensors(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
     assert weights["score.weight"].shape == (1, 32) and not [name for name in weights if name.startswith(("head", "embed_out"))]
     assert config["architectures"] == ["GPTNeoXForSequenceClassification"] and config["num_labels"] == 1
     back = RewardModel.from_pretrained(tmp_path)
     assert torch.equal(back.score(tokens_BT, mask_BT), model.score(tokens_BT, mask_BT))
-    TINY.save_pretrained(tmp_path)
-    assert torch.equal(load_reward(str(tmp_path), TINY)(tokens_BT, mask_BT), model.score(tokens_BT, mask_BT))
     assert not any(p.requires_grad for p in back.parameters())
+
+
+def test_what_the_files_cannot_hold_is_refused(tmp_path):
+    model = random_reward()
+    model.head.bias.data.fill_(0.5)
+    assert "has no bias, and this head's is 0.5" in complaint(model.save_pretrained, tmp_path)
+    model.head.bias.data.zero_()
+    model.save_pretrained(tmp_path)
+    TINY.save_pretrained(tmp_path)                               # 4,096 ids
+    assert "ids up to 4095, the model only 64 embeddings" in complaint(load_reward, str(tmp_path), TINY)
 
 
 def test_a_language_model_is_no_reward_model(tmp_path):
@@ -165,7 +173,7 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(tmp_path):
     moved.save_pretrained(tmp_path)
     other_tokenizer().save_pretrained(tmp_path)
     eot, texts = TINY.end_of_text, ["A fine film.", "the worst  I have seen<|endoftext|>", "é — 好"]
-    tokens_BT, mask_BT = pad_left([[eot, *TINY.encode(text)] for text in texts], eot)
+    tokens_BT, mask_BT = pad([[eot, *TINY.encode(text)] for text in texts], eot, "left")
     score_fn = load_reward(str(tmp_path), TINY)
     assert type(score_fn) is ThroughText and not hasattr(score_fn, "prefixes")
     torch.testing.assert_close(score_fn(tokens_BT, mask_BT), model.score(tokens_BT, mask_BT), atol=1e-5, rtol=0)
@@ -254,7 +262,7 @@ def test_training_learns_a_planted_rule(tmp_path):
     before, run = evaluate_reward(model, heldout), Run(tmp_path / "x", {}, resume=False)
     train_reward(model, planted_pairs(320, seed=0), RewardConfig(epochs=6, batch_size=16, lr=3e-3), run, seeded())
     after = evaluate_reward(model, heldout, batch_size=33)
-    differences = [(model.score(*pad_right([c], CPU)) - model.score(*pad_right([r], CPU))).item() for c, r in heldout]
+    differences = [(model.score(*pad([c])) - model.score(*pad([r]))).item() for c, r in heldout]
     want = {"loss": np.log1p(np.exp(-np.array(differences))).mean(), "accuracy": np.mean(np.array(differences) > 0)}
     assert after == pytest.approx(want, abs=1e-4) and after["accuracy"] > 0.9 > 0.7 > before["accuracy"] and after["loss"] < 0.3
     assert model.head.bias.item() == 0 and not any(p.requires_grad for p in model.parameters())
@@ -278,13 +286,13 @@ def test_same_seed_same_bits_also_when_killed_and_resumed(tmp_path, random_cut):
 def test_prefix_scores_are_those_of_the_texts_cut_there():
     model = random_reward()
     chosen, rejected = ([random_tokens(n, seed=n).tolist() for n in lengths] for lengths in ((9, 3, 2), (5, 8, 2)))
-    got = prefix_scores(model, *pad_right(chosen + rejected, CPU), shortest=3)
+    got = prefix_scores(model, *pad(chosen + rejected), shortest=3)
     cuts = [(c[:n], r[:n]) for c, r in zip(chosen, rejected) for n in range(3, 10) if n <= min(len(c), len(r))]
     assert len(cuts) == 4
     for scores_X, side in zip(got, (0, 1)):
-        want_X = torch.cat([model.score(*pad_right([cut[side]], CPU)) for cut in cuts])
+        want_X = torch.cat([model.score(*pad([cut[side]])) for cut in cuts])
         torch.testing.assert_close(scores_X, want_X, atol=1e-5, rtol=0)
-    assert len(prefix_scores(model, *pad_right(chosen[2:] + rejected[2:], CPU), shortest=3)[0]) == 1      # shorter than the shortest
+    assert len(prefix_scores(model, *pad(chosen[2:] + rejected[2:]), shortest=3)[0]) == 1      # shorter than the shortest
 
 
 def test_nan_is_named_before_the_step(tmp_path):
@@ -307,6 +315,8 @@ def test_avoid_words_counts_whole_words_in_any_case(tmp_path):
     (tmp_path / "words").write_text("bad\nAwful\n\na.b\nné\n")
     texts = ["", "bad", "Bad, BAD and awful.", "badly embad awfulness", "a.b axb", "NÉ née", "bad-bad"]
     assert avoid_words(tmp_path / "words")(texts) == [0, -1, -3, 0, -1, -1, -2]
+    (tmp_path / "words").write_text("c++\na$$\nbad\nbad-bad\nnot good\n")
+    assert avoid_words(tmp_path / "words")(["I use c++ here, a$$ too", "bad-bad", "a good film, not bad", "Not good."]) == [-2, -1, -1, -1]
     (tmp_path / "empty").write_text(" \n")
     assert "no word" in complaint(avoid_words, tmp_path / "empty")
     assert "no such file" in complaint(avoid_words, tmp_path / "none")
@@ -314,7 +324,7 @@ def test_avoid_words_counts_whole_words_in_any_case(tmp_path):
 
 def test_text_reward_reads_the_masked_tokens_only(tmp_path):
     seen, rows = [], [[0, *b"x bad"], [0, *b"bad bad", 0]]
-    tokens_BT, mask_BT = pad_left(rows, ord("!"))
+    tokens_BT, mask_BT = pad(rows, ord("!"), "left")
     mask_BT[1, -3:] = 0                                          # "bad b", the response ended there
     scores_B = TextReward(lambda texts: seen.extend(texts) or [len(text) for text in texts], Characters())(tokens_BT, mask_BT)
     assert seen == ["x bad", "bad b"] and scores_B.tolist() == [5, 5] and scores_B.dtype == torch.float32

@@ -21,7 +21,7 @@ from pythia import Pythia, PythiaConfig, Tokenizer, load_state, read_json, read_
 ROOT = Path(__file__).parent.parent
 SHORT = ["--sae-text-tokens", "4000", "--sae-eval-tokens", "1024", "--sae-context", "32", "--sae-tokens", "12000", "--sae-batch-size", "256",
          "--sae-num-features", "128", "--sae-resample-rows", "256", "--rlhf-iterations", "3", "--rlhf-episodes", "16",
-         "--rlhf-eval-samples", "1", "--rlhf-response-tokens", "5", "--interpret-features", "8"]
+         "--rlhf-eval-size", "32", "--rlhf-eval-samples", "1", "--rlhf-response-tokens", "5", "--interpret-features", "8"]
 
 LM = ["--lm-num-layers", "1", "--lm-hidden-size", "32", "--lm-num-heads", "2", "--lm-context", "16", "--lm-tokens", "2560"]
 
@@ -70,7 +70,7 @@ def test_report_is_one_self_contained_page(whole):
     assert set(report["plots"]) == {"coefficients", "frontier", "effects", "share", "RLHF", "SAE 2"}
     command = report["commands"][1].split()
     assert command[:4] == ["python", "train.py", "--stage", "rlhf"] and command[command.index("--rlhf-episodes") + 1] == "16"
-    assert report["commands"][2] == f"python train.py --stage interpret --out {whole} --interpret-features 8 --layer 2"
+    assert report["commands"][2] == f"python train.py --stage interpret --out {whole} --interpret-features 8 --dtype float32 --layer 2"
     assert "--rlhf-kl-target" not in command and "--corpus" not in command         # at their defaults
 
 
@@ -148,10 +148,10 @@ def test_several_layers_each_with_its_own_sae(whole, capsys):
 
 
 def test_a_command_line_says_booleans_and_numbers_apart():
-    config = {"layers": "[2]", "samples_per_prompt": 1, "vf_coef": 0.0, "lr": 1.0, "recompute": True, "gold": ""}
+    config = {"layers": "[2]", "samples_per_prompt": 1, "gamma": 0.0, "lr": 1.0, "recompute": True, "gold": ""}
     words = train.command_line(SimpleNamespace(out="runs/x", tag=""), "rlhf", config).split()
     pairs = dict(zip(words[4::2], words[5::2]))
-    assert pairs == {"--out": "runs/x", "--rlhf-samples-per-prompt": "1", "--rlhf-vf-coef": "0.0", "--rlhf-lr": "1.0", "--rlhf-recompute": "yes",
+    assert pairs == {"--out": "runs/x", "--rlhf-samples-per-prompt": "1", "--rlhf-gamma": "0.0", "--rlhf-lr": "1.0", "--rlhf-recompute": "yes",
                      "--gold": "''", "--layer": "2"}
 
 
@@ -166,17 +166,43 @@ def few_prompts(folder: Path) -> list[str]:
     return ["--eval-prompts", str(folder / "few.txt"), "--gold", "", "--rlhf-iterations", "2"]
 
 
-def test_compare_trains_what_is_missing_and_reads_off_gains(whole, capsys):
-    options = [*few_prompts(whole), "--stage", "compare", "--compare-runs", "coef --rlhf-keep 9 --rlhf-screen 1; steer --rlhf-lr 0.5", "--compare-seeds", "2",
+def within(cell: SimpleNamespace, stage: str) -> None:
+    """run_process without a process, for they take seconds to start."""
+    assert train.main([*cell.argv, "--stage", stage]) == 0
+
+
+def test_who_stops_a_comparison_waits_for_its_run_to_save(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    child.write_text("#!/bin/sh\ntrap 'sleep 0.2; echo > saved; exit 143' TERM\necho > begun\nwhile :; do sleep 0.05; done\n")
+    child.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.sys, "executable", str(child))
+
+    def stop(*_):
+        if not Path("begun").exists():
+            return signal.alarm(1)
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(1)
+    with pytest.raises(KeyboardInterrupt):
+        train.run_process(SimpleNamespace(argv=[], out="out", tag=""), "rlhf")
+    signal.signal(signal.SIGALRM, before)
+    assert Path("saved").exists()
+
+
+def test_compare_trains_what_is_missing_and_reads_off_gains(whole, capsys, monkeypatch):
+    process, started = train.run_process, []
+    monkeypatch.setattr(train, "run_process", lambda cell, stage: started.append(cell) or (process if len(started) == 1 else within)(cell, stage))
+    options = [*few_prompts(whole), "--stage", "compare", "--compare-runs", "coef --rlhf-keep 9 --rlhf-keep-rollouts 1; steer --rlhf-lr 0.5", "--compare-seeds", "2",
                "--compare-kls", "0.001,50"]
     assert run(*options, out=whole) == 0
     table = capsys.readouterr().out
-    assert "not reached" in table and "coef --rlhf-keep 9 --rlhf-screen 1 minus" in table
+    assert "not reached" in table and "coef --rlhf-keep 9 --rlhf-keep-rollouts 1 minus" in table
     figures = read_json(whole / "compare" / "metrics.json")
     assert [row["run"].split()[0] for row in figures["runs"]] == ["coef", "steer"] and (whole / "compare" / "frontier.png").exists()
     runs = [read_json(whole / f"rlhf-steer-rlhf-lr-0-5-seed{seed}" / "metrics.json") for seed in (0, 1)]
     assert figures["runs"][1]["kl"] == pytest.approx((runs[0]["kl"] + runs[1]["kl"]) / 2) and runs[0]["kl"] != runs[1]["kl"]
-    assert figures["runs"][0]["n_changed"] <= 9
+    assert figures["runs"][0]["n_changed"] <= 9 and len(started) == 4
     changed = [*options, "--resume", "--rlhf-samples-per-prompt", "1"]
     assert run(*changed, out=whole) == 2 and "another rlhf_samples_per_prompt" in capsys.readouterr().err
     shutil.rmtree(whole / "compare")
@@ -209,7 +235,7 @@ def test_a_gpu_without_bfloat16_is_given_float32(monkeypatch):
 
 
 def test_sweep_trains_each_cell_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.subprocess, "run", lambda words: SimpleNamespace(returncode=train.main(words[2:])))       # quicker than processes
+    monkeypatch.setattr(train, "run_process", within)
     options = [*few_prompts(tmp_path), "--interpret-features", "2", "--interpret-checks", "0",
                "--stage", "sweep", "--sweep-objectives", "l1,topk", "--sweep-l0", "5", "--sweep-seeds", "1", "--sweep-kl", "0.001"]
     assert run(*options, out=tmp_path) == 0
@@ -258,7 +284,7 @@ pretends = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateu
 
 
 @pretends
-@pytest.mark.parametrize("options", [["--layer", "1,2", "--edit", "scale+bias", "--rlhf-keep", "8", "--rlhf-screen", "1"],
+@pytest.mark.parametrize("options", [["--layer", "1,2", "--edit", "scale+bias", "--rlhf-keep", "8", "--rlhf-keep-rollouts", "1"],
                                      ["--stage", "rlhf", "--policy", "lora"]])
 def test_no_tensor_is_made_on_the_wrong_device(options, tmp_path):
     """The whole path on a pretended GPU; pretend_gpu.py changes PyTorch, so it has a process of its own."""
@@ -334,6 +360,19 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--corpus", "no-such-file.txt", "--stage", "sae"], "no-such-file.txt"),
     (["--rlhf-episodes", "10", "--rlhf-minibatches", "4"], "--rlhf-episodes"),
     (["--rlhf-eval-size", "1"], "--eval-prompts"),
+    (["--rlhf-lr", "nan"], "--rlhf-lr"),
+    (["--rlhf-clip", "-1"], "--rlhf-clip must be positive"),
+    (["--rlhf-keep", "-5"], "--rlhf-keep"),
+    (["--policy", "steer", "--edit", "scale+bias"], "--edit scale+bias is for"),
+    (["--policy", "full", "--rlhf-keep", "5"], "--rlhf-keep is for"),
+    (["--seed", "18446744073709551616"], "--seed"),
+    (["--lm-warmup", "0"], "--lm-warmup must be positive"),
+    (["--lm-context", "1"], "--lm-context"),
+    (["--compare-runs", ";"], "--compare-runs"),
+    (["--compare-kls", "0"], "--compare-kls"),
+    (["--sweep-seeds", "0"], "--sweep-seeds"),
+    (["--reward-weight-decay", "-1"], "--reward-weight-decay"),
+    (["--interpret-width", "-1"], "--interpret-contexts"),
     (["--stage", "sweep", "--layer", "1,2"], "give one --layer"),
 ])
 def test_misuse_is_one_clear_line(options, told, tmp_path, capsys, monkeypatch):
@@ -421,6 +460,26 @@ def test_text_found_leaves_the_random_numbers_of_text_made(whole, tmp_path):
     assert (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == (whole / "sae" / "sae_weights.safetensors").read_bytes()
 
 
+def test_a_corpus_that_changed_is_another_and_so_is_another_folder(tmp_path):
+    short = ["--stage", "sae", "--corpus", str(tmp_path / "c.txt"), "--sae-tokens", "512"]
+    for word, out in (("good", "a"), ("bad", "b")):
+        (tmp_path / "c.txt").write_text(f"a {word} film " * 2000)
+        assert run(*short, out=tmp_path / out) == 0
+    texts = [read_safetensors(tmp_path / out / "sae" / "text.safetensors")["train"] for out in "ab"]
+    assert not texts[0].equal(texts[1])
+    assert run(*short, "--layer", "1", out=tmp_path / "a") == 0          # beside the old text
+    assert read_safetensors(tmp_path / "a" / "sae-1" / "text.safetensors")["train"].equal(texts[1])
+    assert run(*short, "--layer", "1", out=tmp_path / "b") == 0
+    assert run(*short, "--resume", "--sae-checkpoint-seconds", "9", out=tmp_path / "b") == 0           # changes no result
+    assert run(*short, "--resume", out=tmp_path / "a") == 2
+
+
+def test_an_sae_that_is_loaded_needs_no_text_to_train_on(whole, tmp_path):
+    assert run("--stage", "sae", "--sae-load", str(whole / "sae"), out=tmp_path) == 0
+    text = read_safetensors(tmp_path / "sae" / "text.safetensors")
+    assert len(text["train"]) == 0 and len(text["heldout"]) == 32
+
+
 def test_a_stage_killed_in_its_evaluation_ends_as_it_would_have(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("a good film " * 200)
     options = ["--stage", "lm", *LM, "--corpus", str(tmp_path / "text.txt"), "--lm-checkpoint-seconds", "-1", "--resume", "--out"]
@@ -464,7 +523,7 @@ def test_out_of_gpu_memory_names_the_options(tmp_path, monkeypatch, capsys):
 
 def test_corpora_that_are_too_short_or_no_text(tmp_path, capsys):
     for name, content, told in (("one.txt", b"a", "one window of 31 is the least"), ("latin.txt", b"caf\xe9", "UTF-8"),
-                                ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2"), ("torn.jsonl.gz", b"\x1f\x8b\x08" + bytes(40), "line 1"),
+                                ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2"), ("torn.jsonl.gz", b"\x1f\x8b\x08" + bytes(40), "torn.jsonl.gz"),
                                 ("number.jsonl", b'{"text": 1}', '"text" string')):
         (tmp_path / name).write_bytes(content)
         assert run("--stage", "sae", "--corpus", str(tmp_path / name), out=tmp_path / "out") == 2

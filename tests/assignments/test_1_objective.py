@@ -61,7 +61,7 @@ def test_training_with_it_finds_planted_features_at_their_height():
     generator = torch.Generator().manual_seed(0)
     rows, _ = PlantedRows(8192, generator, directions=16, d_in=16, active=2), wanted()
     cfg = sae.SAEConfig(num_features=16, objective="mcp", l0=2.0, tokens=128 * 300, batch_size=128, lr=1e-2, resample_rows=1024, refit=False)
-    trained = sae.train_on_rows(rows, cfg, NoRun(), generator)
+    trained = sae.train_sae(rows, cfg, NoRun(), generator)
     x_ND = rows.rows_ND[rows.rows_ND.norm(dim=-1) > 0.1]
     shrinkage = (trained(x_ND).norm(dim=-1) / x_ND.norm(dim=-1)).mean().item()
     found, l0 = sae.mmcs(rows.directions_GD, trained.W_dec_FD), (trained.encode(x_ND) > 0).sum(1).float().mean().item()

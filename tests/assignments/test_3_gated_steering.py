@@ -23,7 +23,7 @@ import torch
 import ppo
 from assignments import need
 from conftest import random_model, random_tokens
-from pythia import pad_left
+from pythia import pad
 from sae import SAE
 
 LAYER, R, F64 = 1, 5, torch.float64
@@ -68,7 +68,7 @@ def formula(policy: ppo.EditPolicy, sae: SAE, feature: int) -> dict:
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:
     """-> tokens_BT, mask_BT of prompts of different length."""
-    return pad_left([random_tokens(length, seed=length).tolist() for length in (4, 9, 6, 10, 7)], pad_id=0)
+    return pad([random_tokens(length, seed=length).tolist() for length in (4, 9, 6, 10, 7)], side="left")
 
 
 def test_nothing_learned_leaves_every_bit_in_any_dtype():
