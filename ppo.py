@@ -673,7 +673,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         check_finite(where, activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
                      value=rollout.values_BR, kl=rollout.kl_BR)
         if rollout.mean_kl > cfg.kl_stop:
-            run.log(step=iteration, diverged=rollout.mean_kl)
+            run.log(step=iteration, kl=rollout.mean_kl, diverged=True)
             break
         rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, kl.coef)
         advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
@@ -740,9 +740,9 @@ def score(rollout: Rollout, score_fn: ScoreFn, standardize: "Standardize", criti
     Less noise in the advantages is what a few thousand coefficients need most.
     """
     if hasattr(score_fn, "prefixes"):
-        scores_BP = score_in_batches(score_fn.prefixes, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch, cfg.response_tokens)
-        scores_BP = standardize(scores_BP)                                                                               # P: R + 1
-        scores_B, prefix_scores_BR = scores_BP.gather(1, rollout.mask_BR.sum(1, keepdim=True)).squeeze(1), scores_BP[:, :-1]
+        scores_BX = score_in_batches(score_fn.prefixes, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch, cfg.response_tokens)
+        scores_BX = standardize(scores_BX)                                                                               # X: R + 1
+        scores_B, prefix_scores_BR = scores_BX.gather(1, rollout.mask_BR.sum(1, keepdim=True)).squeeze(1), scores_BX[:, :-1]
     else:
         scores_B = standardize(score_in_batches(score_fn, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch))
         prefix_scores_BR = torch.zeros_like(rollout.logprobs_BR)

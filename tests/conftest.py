@@ -21,9 +21,6 @@ def pytest_addoption(parser):
     parser.addoption("--solution", action="store_true", help="with --assignment: the reference solution in place of your code")
 
 
-def pytest_configure(config):
-
-
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch, tmp_path_factory):
     """No test reads or writes the user's cache of models, nor asks for a network."""
