@@ -241,6 +241,7 @@ def test_keep_leaves_all_others_exactly_where_they_were(tmp_path):
     changed = [row["n_changed"] for row in run.rows()]
     assert 1 <= policy.n_changed() <= 5 and changed[3] <= 5 < changed[2]                 # one that was chosen may be silent from then on
     assert changed[:3] == [2 * 32] * 3               # at first a vector at each layer, nothing else
+    assert {name[1:] for name in policy.trainable()} == {".coef_F", ".bias_F"}
     with pytest.raises(UserError, match="--rlhf-keep"):
         make_policy("steer", random_model(), [2], {}, replace(CFG, keep=5))
     with pytest.raises(UserError, match="--rlhf-iterations"):

@@ -173,7 +173,7 @@ def within(cell: SimpleNamespace, stage: str) -> None:
 
 def test_who_stops_a_comparison_waits_for_its_run_to_save(tmp_path, monkeypatch):
     child = tmp_path / "child"
-    child.write_text("#!/bin/sh\ntrap 'sleep 0.2; echo > saved; exit 143' TERM\necho > begun\nwhile :; do sleep 0.05; done\n")
+    child.write_text("#!/bin/sh\ntrap 'sleep 0.2; echo > saved; exit 143' TERM\necho > begun\nfor i in $(seq 200); do sleep 0.05; done\n")
     child.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.sys, "executable", str(child))
