@@ -3,10 +3,10 @@
 import torch
 
 import ppo
-from ppo import SAE, Tensor, nn
+from ppo import SAE, Edit, Tensor, nn
 
 
-class GatedSteer(nn.Module):
+class GatedSteer(Edit):
     """m' = m + f_i(m) v: one vector, added where feature i fires, as strongly as it does (compare Lee et al. 2024, arXiv:2409.05907).
 
     v = 0 at the start."""
@@ -15,9 +15,6 @@ class GatedSteer(nn.Module):
         super().__init__()
         self.sae, self.feature = sae.requires_grad_(False), feature
         self.vector_D = nn.Parameter(torch.zeros_like(sae.b_dec_D))
-
-    def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
-        return self.change(self.encode(mlp_BTD, neurons_BTM)).to(mlp_BTD.dtype)
 
     def encode(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
         """-> f_i, (B, T, 1). All features are computed, for TopK's sake: whether one is active may depend on the others."""
