@@ -86,7 +86,8 @@ class PPOConfig:
 class Edit(nn.Module):
     """A change of one layer's MLP output, 0 at the start; its parameters are what RLHF learns. A kind of edit has
 
-        encode(mlp_BTD, neurons_BTM) -> what the change needs to know of the tokens and does not depend on what is learned
+        encode(mlp_BTD, neurons_BTM) -> what the change needs to know of the tokens and does not depend on what is learned: a tensor, a named
+            tuple of tensors, or None
         change(what encode gave) -> change_BTD, through which PPO's gradient reaches the parameters
 
     so that PPO can encode once a rollout.

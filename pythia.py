@@ -870,12 +870,15 @@ def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
     for _ in range(5):                               # a cut connection is taken up again
         if (have := part.stat().st_size) >= size:
             break
-        with (hub_request(url, what, start=have) as response,
-              open(part, "ab" if response.status == 206 else "wb") as file,    # else the server ignores Range
-              tqdm(total=size, initial=file.tell(), desc=what, unit="B", unit_scale=True) as bar,
-              contextlib.suppress(http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)):
-            while chunk := response.read(1 << 20):
-                bar.update(file.write(chunk))
+        try:
+            with (hub_request(url, what, start=have) as response,
+                  open(part, "ab" if response.status == 206 else "wb") as file,            # else the server ignores Range
+                  tqdm(total=size, initial=file.tell(), desc=what, unit="B", unit_scale=True) as bar,
+                  contextlib.suppress(http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)):
+                while chunk := response.read(1 << 20):
+                    bar.update(file.write(chunk))
+        except OSError as error:
+            raise not_written(part, error) from None
     have = part.stat().st_size
     if have < size:
         raise UserError(f"{what}: the connection broke off at {have} of {size} bytes; run again to go on from there")

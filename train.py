@@ -848,7 +848,11 @@ def check_inputs(args: argparse.Namespace) -> None:
     for path in (args.prompts, args.eval_prompts):
         read_prompts(path)
     for name in filter(None, (args.reward, args.gold)):
-        reward.avoid_words(name.removeprefix("avoid:")) if name.startswith("avoid:") else CheckpointFiles(name).need("config.json")
+        kind, colon, path = name.partition(":")      # avoid:FILE, or a model
+        if not colon:
+            CheckpointFiles(name).need("config.json")
+        elif not os.path.isfile(path):
+            raise UserError(f"--reward {name}: {path}: no such file")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import reward
+import train
 from assignments import need
 from conftest import Characters, complaint
 from pythia import UserError
@@ -59,6 +60,7 @@ def test_load_reward_knows_its_name(tmp_path):
         score_fn = reward.load_reward(f"prefer:{listed(tmp_path)}", Characters())
     except UserError as error:
         pytest.fail(f"load_reward took prefer:FILE for a model: {error}", pytrace=False)
+    train.check_inputs(train.resolve(train.parse(["--reward", f"prefer:{listed(tmp_path)}"])))       # nor does the command line
     scores_B = score_fn(*rows(list(TEXTS)))
     assert scores_B.dtype == torch.float32 and scores_B.tolist() == list(TEXTS.values()), f"of tokens: {scores_B}; what the mask hides must not count"
     avoid = reward.load_reward(f"avoid:{listed(tmp_path)}", Characters())
