@@ -28,8 +28,8 @@ import torch._dynamo  # noqa: E402, F401  (torch imports it late, which would be
 import train  # noqa: E402
 from pythia import read_json  # noqa: E402
 
-# Figures that clocks and the machine decide.
-MEASURED = {"seconds", "seconds_per_iteration", "tokens_per_second", "peak_memory_gib"}
+# What clocks, the machine and the folder decide.
+MEASURED = {"seconds", "seconds_per_iteration", "tokens_per_second", "peak_memory_gib", "commands"}
 SHORT = {                                            # options that make a stage a matter of seconds
     "lm": "--lm-num-layers 2 --lm-hidden-size 32 --lm-num-heads 2 --lm-context 32 --lm-tokens 10000 --lm-batch-size 4 "
           "--lm-checkpoint-seconds 0.1",
