@@ -671,8 +671,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
         rollout = score(rollout, score_fn, standardize, critic, cfg)
         where = f"rlhf, step {iteration}"
-        check_finite(where, activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B,
-                     value=rollout.values_BR, kl=rollout.kl_BR)
+        check_finite(where, activation=rollout.trunk.ref_hidden_BRD, reward=rollout.scores_B, value=rollout.values_BR, kl=rollout.kl_BR)
         if rollout.mean_kl > cfg.kl_stop:
             run.log(step=iteration, kl=rollout.mean_kl, diverged=True)
             break
@@ -688,11 +687,11 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         run.log(step=iteration, **figures)
         bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{figures['kl']:.2f}", changed=figures["n_changed"])
         run.checkpoint(iteration + 1, cfg.checkpoint_seconds, **parts)
-    vectors = [p for name, p in policy.state_dict().items() if cfg.keep and ".vector_" in name]
-    if cfg.keep and (policy.n_changed() > cfg.keep or any(vector_D.any() for vector_D in vectors)):
-        keep_few(policy, prompts, cfg, generator)    # it diverged before they were chosen
-    for edit in policy.edits.values() if cfg.keep else ():
-        edit.vector_D = None                         # it is 0 now
+    if cfg.keep:
+        if policy.n_changed() > cfg.keep or any(p.any() for name, p in policy.state_dict().items() if ".vector_" in name):
+            keep_few(policy, prompts, cfg, generator)              # it diverged before they were chosen
+        for edit in policy.edits.values():
+            edit.vector_D = None                     # it is 0 now
     return policy
 
 

@@ -848,11 +848,11 @@ def check_inputs(args: argparse.Namespace) -> None:
     for path in (args.prompts, args.eval_prompts):
         read_prompts(path)
     for name in filter(None, (args.reward, args.gold)):
-        kind, colon, path = name.partition(":")      # avoid:FILE, or a model
+        _, colon, path = name.partition(":")         # avoid:FILE, or a model
         if not colon:
             CheckpointFiles(name).need("config.json")
         elif not os.path.isfile(path):
-            raise UserError(f"--reward {name}: {path}: no such file")
+            raise UserError(f"{name}: {path}: no such file (--reward, --gold)")
 
 
 def main(argv: list[str] | None = None) -> int:

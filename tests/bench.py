@@ -228,10 +228,10 @@ class PPOBench:
 
     @torch.no_grad()
     def generate(self) -> None:
-        steps = []
+        record = []
         self.tokens_BT, self.mask_BT = ppo.respond(self.policy.model, self.policy.edits, self.prompt_BT, torch.ones_like(self.prompt_BT), 0,
-                                                   self.cfg, self.generator, steps)
-        self.seen = [torch.cat(pieces, dim=1) for pieces in zip(*steps)]
+                                                   self.cfg, self.generator, record)
+        self.seen = [torch.cat(pieces, dim=1) for pieces in zip(*record)]
 
     def reference(self) -> None:
         """Features, logprobs of policy and reference, KL."""
