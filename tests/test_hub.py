@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -174,6 +175,18 @@ def test_a_broken_off_download_goes_on_in_the_next_call(hub, cache):
     hub.take()
     assert hub_file(REPO, "main", "f").read_bytes() == BYTES and hub.take()[-1][3] == "bytes=1000-"
     assert not [name for name in tree(cache) if name.endswith("incomplete")]
+
+
+def test_a_full_disk_is_told_and_the_download_goes_on_where_it_was(hub, cache):
+    hub.files["f"] = BYTES
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))              # Python ignores the signal: a write is then an error
+    try:
+        told = complaint(hub_file, REPO, "main", "f")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "incomplete: cannot be written" in told
+    assert hub_file(REPO, "main", "f").read_bytes() == BYTES and hub.take()[-1][3] == "bytes=100000-"
 
 
 @pytest.mark.parametrize("data", [BYTES, b"{}"], ids=["sha256", "git's sha1"])

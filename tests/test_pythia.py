@@ -267,9 +267,11 @@ def test_config_reads_old_and_new_field_names():
     ({"layer_norm_eps": float("inf")}, "positive"), ({"rope_parameters": {"partial_rotary_factor": float("inf")}}, "malformed"),
     ({"rope_parameters": {"rope_theta": 10 ** 400}}, "malformed"), ({"rope_parameters": {"rope_theta": float("nan")}}, "positive"),
     ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "even"), ({"rope_parameters": {"rope_theta": "x"}}, "malformed"),
+    ({"use_parallel_residual": "false"}, "true or false"), ({"tie_word_embeddings": 1}, "true or false"),
 ], ids=str)
 def test_config_refuses_other_architectures_and_malformed_fields(change, word):
-    assert word in complaint(PythiaConfig.from_json, CONFIG.to_json(torch.float32) | change)
+    told = complaint(PythiaConfig.from_json, CONFIG.to_json(torch.float32) | change, "x/config.json")
+    assert word in told and told.startswith("x/config.json: ")
     for no_config in (None, [], "gpt_neox", {}, {"model_type": "gpt_neox"}):
         assert complaint(PythiaConfig.from_json, no_config, "x/config.json").startswith("x/config.json: ")
 

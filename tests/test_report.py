@@ -69,6 +69,11 @@ def test_the_page_says_what_the_report_says(tmp_path):
     assert "−0.777 ± 0.045" in Reader(render_report(other)).text and "0.777" not in page
     other["features"][1]["bias"] = 2.5
     assert "the bias b" in Reader(render_report(other)).text and "the bias b" not in page
+    moved = example()
+    for card, coef, bias in zip(moved["features"], (1.5, -0.5, 1.0), (0.0, 2.0, -2.0)):
+        card.update(coef=coef, bias=bias)
+    cells = re.findall('href="#f[^>]*>[^<]*</a><td>([^<]*)', render_report(moved).partition("id=listed")[2])
+    assert cells == ["c up", "c down, b up", "b down"]
 
 
 def test_hostile_texts_stay_texts():

@@ -372,6 +372,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--compare-kls", "0"], "--compare-kls"),
     (["--sweep-seeds", "0"], "--sweep-seeds"),
     (["--reward-weight-decay", "-1"], "--reward-weight-decay"),
+    (["--stage", "reward", "--reward-max-tokens", "257"], "has only 256 positions"),
     (["--interpret-width", "-1"], "--interpret-contexts"),
     (["--stage", "sweep", "--layer", "1,2"], "give one --layer"),
 ])
