@@ -362,8 +362,8 @@ class Causal(NamedTuple):
     effects: dict[Feature, dict]         # strongest first
     summary: dict
     sampled: Evaluated                   # of the policy, on all held-out prompts
-    before: Samples
-    after: Samples
+    before: Samples                      # of the reference
+    after: Samples                       # of the policy
 
 
 def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretConfig) -> Causal:

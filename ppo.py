@@ -30,7 +30,7 @@ from sae import SAE, active_product
 if TYPE_CHECKING:
     from train import Run
 
-NEED_SAE = ("coef", "random", "random_rates")         # the last two replace its features by random directions
+NEED_SAE = ("coef", "random", "random_rates")         # random directions in its features' place: as many a token, or each as often
 POLICIES = (*NEED_SAE, "neurons", "steer", "lora", "full")
 EDITS = ("scale", "scale+bias")
 SHARES = (0.25, 0.5, 0.75, 1.0)                      # of the learned change, where gain and KL are measured
@@ -88,7 +88,7 @@ class Edit(nn.Module):
 
         encode(mlp_BTD, neurons_BTM) -> what the change needs to know of the tokens and does not depend on what is learned: a tensor, a named
             tuple of tensors, or None
-        change(what encode gave) -> change_BTD, through which PPO's gradient reaches the parameters
+        change(what encode gave) -> change_BTD, or what broadcasts to it, through which PPO's gradient reaches the parameters
 
     so that PPO can encode once a rollout.
     """
@@ -103,7 +103,7 @@ class FeatureScale(Edit):
 
     With `bias`: m' = m + ((c − 1) ⊙ f(m) + b) W_dec, b an always-on push along each feature vector. coef_F = 1 and bias_F = 0
     at the start, where the change is exactly 0 and the policy is the reference. With `vector`: + v, one push for all, which `keep_few`
-    turns into biases of few features.
+    turns into coefficients and biases of few features.
     """
 
     def __init__(self, sae: SAE, bias: bool = False, vector: bool = False):
@@ -166,7 +166,8 @@ class Steer(Edit):
 # ----------------------------------------------------------------------------------------------------------------- policies
 
 class Trunk(NamedTuple):
-    """The parts of a rollout that do not depend on what is learned, one row an episode; T without the last token, which predicts nothing."""
+    """What of a rollout does not depend on what is learned, one row an episode (not the triple of Pythia.trunk, but what PPO makes of it);
+    T without the last token, which predicts nothing."""
     ref_hidden_BRD: Tensor               # the reference's final hidden states at the positions that predict the response
     resid_BTD: Tensor | None = None      # after the lowest edited layer, without its edit
     features: Tensor | None = None       # what that layer's edit needs to know: features_BTF, or the MLP's neurons_BTM
@@ -249,9 +250,9 @@ class EditPolicy(Policy):
 
     def learning_rates(self, lr: float, learns: dict[str, Tensor]) -> list[tuple[list[nn.Parameter], float]]:
         """Adam moves each number by about lr a step. A coefficient acts only where its feature fires; a bias or a vector acts on every token, and
-        their moves add up. To keep a step's push near lr, a vector's numbers take lr/√D, and each of n biases lr/√(n + 2n²/πD), for that is the
-        expected length of Σ ±d_i where one gradient chooses the signs. Coefficients beside them take lr/4: at lr, the noise of thousands of
-        them would cost as much KL as all biases."""
+        their moves add up. To keep a step's push near lr with --edit scale+bias, a vector's numbers take lr/√D, and each of n biases
+        lr/√(n + 2n²/πD), for that is the expected length of Σ ±d_i where one gradient chooses the signs. Coefficients beside them take lr/4:
+        at lr, the noise of thousands of them would cost as much KL as all biases."""
         lr, D, found = lr or self.default_lr, self.model.cfg.hidden_size, []
         biased = any(".bias_" in name for name in self.trainable())
         for name, p in self.trainable().items():
@@ -348,75 +349,9 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
     return EditPolicy(model, {layer: FeatureScale(saes[layer], bias, vector=bias and cfg.keep > 0) for layer in layers})
 
 
-def keep_few(policy: EditPolicy, prompts: "Prompts", cfg: PPOConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Express what a policy has learned with `cfg.keep` of its coefficients and biases alone, those that together come nearest to it, and put
-    all others, and vectors, back to their start exactly -> by parameter, 1 for the numbers that are kept.
-
-    Nearest in KL: near the reference, policies moved by δ and by δ' are ½ mean (s·δ − s·δ')² nats apart, with s an episode's gradient of
-    log π; here from `cfg.keep_rollouts` rollouts of the reference. N: their episodes, K: all coefficients and biases.
-    """
-    numbers, start, parts = policy.state_dict(), policy.part_way(0.0), []
-    moved = {name: p - start[name] for name, p in numbers.items()}
-    with policy.holding(start):
-        for _ in tqdm(range(cfg.keep_rollouts), desc="keep"):
-            drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
-            rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
-            parts += [episode_gradients(policy, select(rollout, rows), cfg) for rows in slices(cfg.episodes, cfg.micro_batch)]
-    grads = {name: torch.cat([part[name] for part in parts]) for name in numbers}
-    learned_N = sum(grads[name] @ step for name, step in moved.items())                        # s·δ of all that was learned
-    candidates = [name for name in numbers if ".vector_" not in name]
-    grad_NK = torch.cat([grads[name] for name in candidates], 1)
-    chosen, step_C = forward_selection(grad_NK, grad_NK.T @ learned_N / len(learned_N), cfg.keep)
-    sizes, zeros_K = [numbers[name].numel() for name in candidates], torch.zeros_like(grad_NK[0])
-    steps = dict(zip(candidates, zeros_K.index_copy(0, chosen, step_C).split(sizes)))
-    kept = dict(zip(candidates, zeros_K.index_fill(0, chosen, 1.0).split(sizes)))
-    policy.load_state_dict({name: p + steps.get(name, 0.0) for name, p in start.items()})
-    return {name: kept.get(name, torch.zeros_like(p)) for name, p in start.items()}
-
-
-def episode_gradients(policy: EditPolicy, batch: "Rollout", cfg: PPOConfig) -> dict[str, Tensor]:
-    """-> the gradient of an episode's log π by each of the policy's numbers, {name: (B, numbers)}; for a policy at its start, where every
-    change is 0. One backward pass to the residual stream after each edited layer tells them all."""
-    probes = {layer: torch.zeros_like(batch.trunk.resid_BTD, requires_grad=True) for layer in policy.edits}
-    features = {policy.lowest: batch.trunk.features}
-
-    def watch(layer: int, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
-        features[layer] = policy.edits[layer].encode(mlp_BTD.detach(), neurons_BTM.detach())
-        return probes[layer]
-
-    edits = {layer: functools.partial(watch, layer) for layer in policy.edits}
-    with torch.enable_grad():
-        hidden_BTD = policy.model.hidden_from(batch.trunk.resid_BTD + probes[policy.lowest], policy.lowest, batch.mask_BT[:, :-1], edits)
-        logp_BRV = next_logprobs(policy.model, hidden_BTD[:, -cfg.response_tokens:], cfg.temperature)
-        logprobs_BR = pick(logp_BRV, batch.tokens_BT[:, -cfg.response_tokens:])
-        gradients = torch.autograd.grad((logprobs_BR * batch.mask_BR).sum(), list(probes.values()))
-    return {f"{layer}.{name}": value_BF for layer, gradient_BTD in zip(probes, gradients)
-            for name, value_BF in policy.edits[layer].gradients(features[layer], gradient_BTD).items()}
-
-
-def forward_selection(grad_NK: Tensor, target_K: Tensor, number: int, ridge: float = 0.03) -> tuple[Tensor, Tensor]:
-    """Solve F δ = target with only `number` of the K entries of δ other than 0 -> their indices in the order of choice, and their values.
-
-    F is the Fisher information, the mean of s sᵀ over N episodes' gradients s of log π (`grad_NK`); ½ δᵀFδ is the KL of a small step. With
-    target = Fδ*, δ is the nearest in KL to a step δ*; with the policy gradient g, it is the natural gradient F⁻¹g (Kakade 2001). The
-    numbers are chosen one by one, each time the one with the largest residual: orthogonal matching pursuit (Pati et al. 1993), in units in which
-    F has diagonal 1, with a ridge against noise. Features that say the same are not chosen twice.
-    """
-    N, size_K = len(grad_NK), grad_NK.square().mean(0).sqrt().clamp(min=1e-8)
-    grad_NK, target_K = grad_NK / size_K, target_K / size_K
-    chosen, residual_K = [], target_K.abs()
-    for _ in range(min(number, len(residual_K))):
-        chosen.append(int(residual_K.argmax()))
-        some_NC = grad_NK[:, chosen]                # C: those chosen so far
-        step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), target_K[chosen])
-        residual_K = (target_K - grad_NK.T @ (some_NC @ step_C) / N).abs()
-        residual_K[chosen] = -1.0
-    chosen = torch.tensor(chosen, device=residual_K.device)
-    return chosen, step_C / size_K[chosen]
-
-
 class Critic(nn.Module):
-    """V_t = a_t s_t + w_t · h_t / √D + b_t: what a response's score will be, from its beginning, with weights of each position's own.
+    """V_t = a_t s_t + w_t · h_t / √D + b_t: the return from response token t on (the score, less β times the KL still to come), with weights
+    of each position's own.
 
     s_t is the (standardised) score of the text before response token t, where the reward can be asked for it, and h_t the
     *reference's* final hidden state there: no transformer pass of the critic's own. At the start V_t = s_t.
@@ -474,13 +409,13 @@ def join(parts: Sequence) -> Any:
 @torch.no_grad()
 def collect_rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
                      generator: torch.Generator) -> Rollout:
-    """Sample one response a row of the prompts, and compute all that an iteration needs of them, in micro-batches."""
+    """Sample one response a row of the prompts, and compute what a Rollout holds but scores and values (see `score`), in micro-batches."""
     parts = []
     for rows in slices(len(prompt_BT), cfg.generate_batch):
-        record = []
+        record = []                                  # (resid, mlp, neurons) of the prompts, then of each new token but the last
         tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg, generator, record)
         seen = [torch.cat(pieces, dim=1) for pieces in zip(*record)]
-        parts += [make_rollout(policy, tokens_BT[micro], mask_BT[micro], cfg, [seen_BT[micro] for seen_BT in seen])
+        parts += [make_rollout(policy, tokens_BT[micro], mask_BT[micro], cfg, [x[micro] for x in seen])
                   for micro in slices(len(tokens_BT), cfg.micro_batch)]
     return join(parts)
 
@@ -492,8 +427,8 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 def respond(model: Pythia, edits: dict, prompt_BT: Tensor, prompt_mask_BT: Tensor, end_of_text: int, cfg: PPOConfig,
             generator: torch.Generator, record: list | None = None) -> tuple[Tensor, Tensor]:
-    """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out. For `record`, of one
-    `generate_batch`, see Pythia.generate."""
+    """-> tokens_BT of prompt and response, mask_BT; what follows a response's first end-of-text token is masked out. `record` (see
+    Pythia.generate) only with at most generate_batch rows."""
     R = cfg.response_tokens
     tokens_BT = torch.cat([model.generate(prompt_BT[rows], R, prompt_mask_BT[rows], cfg.temperature, edits, generator, record)
                            for rows in slices(len(prompt_BT), cfg.generate_batch)])
@@ -605,11 +540,11 @@ def ppo_loss(logprobs_BR: Tensor, values_BR: Tensor, batch: Rollout, advantages_
     ratio_BR = log_ratio_BR.exp()
     plain_BR = -advantages_BR * ratio_BR
     clipped_BR = -advantages_BR * ratio_BR.clamp(1 - cfg.clip, 1 + cfg.clip)
-    near_BR = batch.values_BR + (values_BR - batch.values_BR).clamp(-cfg.clip, cfg.clip)
-    error_BR, near_error_BR = (values_BR - returns_BR).square(), (near_BR - returns_BR).square()
-    policy = masked_mean(torch.maximum(plain_BR, clipped_BR), mask_BR)
-    value = 0.5 * masked_mean(torch.maximum(error_BR, near_error_BR), mask_BR)
-    return Losses(policy + value, policy, value, 0.5 * masked_mean(log_ratio_BR.square(), mask_BR),
+    near_values_BR = batch.values_BR + (values_BR - batch.values_BR).clamp(-cfg.clip, cfg.clip)
+    error_BR, near_error_BR = (values_BR - returns_BR).square(), (near_values_BR - returns_BR).square()
+    policy_loss = masked_mean(torch.maximum(plain_BR, clipped_BR), mask_BR)
+    value_loss = 0.5 * masked_mean(torch.maximum(error_BR, near_error_BR), mask_BR)
+    return Losses(policy_loss + value_loss, policy_loss, value_loss, 0.5 * masked_mean(log_ratio_BR.square(), mask_BR),
                   masked_mean((clipped_BR > plain_BR).float(), mask_BR), masked_mean((near_error_BR > error_BR).float(), mask_BR),
                   masked_mean(ratio_BR, mask_BR))
 
@@ -618,7 +553,8 @@ def ppo_loss(logprobs_BR: Tensor, values_BR: Tensor, batch: Rollout, advantages_
 
 class Prompts:
     """Token ids of prompts, each after an end-of-text token, padded on the left to one length: tokens_BT, mask_BT. Prompts of more than
-    `longest` tokens, or too long for the model's context with a response after them, are left out; UserError where none is left."""
+    `longest` tokens, that one included, or too long for the model's context with a response after them, are left out; UserError where none
+    is left."""
 
     def __init__(self, texts: list[str], tokenizer: Tokenizer, response_tokens: int, max_positions: int, device: torch.device,
                  longest: int = 256, number: int | None = None):
@@ -646,16 +582,16 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
     """PPO with a per-token KL penalty against the reference -> the policy, trained in place."""
     critic = Critic(policy.model.cfg.hidden_size, cfg.response_tokens, policy.model.device)
     policy.model.recompute = cfg.recompute
-    learns = {}                                      # with `keep`, 1 for numbers that do: first vectors alone, or all coefficients; then those kept
+    learns = {}                                      # 1 for the numbers that may move; a tensor that it does not name moves as a whole
     if cfg.keep and any(".vector_" in name for name in policy.trainable()):
         learns = {name: torch.full_like(p, float(".vector_" in name)) for name, p in policy.state_dict().items()}
-    # One tensor after the other: all at once, PyTorch's default on a GPU, takes another copy of the trained weights for what lies between.
     rates = (*policy.learning_rates(cfg.lr, learns), (list(critic.parameters()), cfg.critic_lr))
+    # foreach=False, one tensor after the other: PyTorch's default on a GPU, all at once, takes another copy of the trained weights.
     optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in rates], eps=cfg.adam_eps, foreach=False)
-    kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    penalty = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
 
-    parts = {"policy": policy, "learns": learns, "critic": critic, "optimizer": optimizer, "kl": vars(kl),           # vars: its attributes themselves
+    parts = {"policy": policy, "learns": learns, "critic": critic, "optimizer": optimizer, "kl": vars(penalty),      # vars: its attributes themselves
              "generator": generator}
     first = run.restore(**parts)
     bar = tqdm(range(first, cfg.iterations), desc="rlhf", initial=first, total=cfg.iterations)
@@ -675,14 +611,14 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         if rollout.mean_kl > cfg.kl_stop:
             run.log(step=iteration, kl=rollout.mean_kl, diverged=True)
             break
-        rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, kl.coef)
+        rewards_BR = kl_rewards(rollout.logprobs_BR, rollout.ref_logprobs_BR, rollout.scores_B, rollout.mask_BR, penalty.coef)
         advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR, cfg.gamma, cfg.lam)
         advantages_BR = whiten(advantages_BR, rollout.mask_BR)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - iteration / cfg.iterations)
         figures = update_policy(policy, critic, optimizer, learns, rollout, advantages_BR, returns_BR, cfg, generator, where)
-        figures |= rollout_figures(rollout, rollout.scores_B * standardize.std + standardize.mean, returns_BR, kl.coef, prompts.end_of_text)
-        kl.update(rollout.mean_kl)
+        figures |= rollout_figures(rollout, rollout.scores_B * standardize.std + standardize.mean, returns_BR, penalty.coef, prompts.end_of_text)
+        penalty.update(rollout.mean_kl)
         figures |= {"n_changed": policy.n_changed(), "seconds": time.monotonic() - start}
         run.log(step=iteration, **figures)
         bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{figures['kl']:.2f}", changed=figures["n_changed"])
@@ -740,8 +676,8 @@ def score(rollout: Rollout, score_fn: ScoreFn, standardize: "Standardize", criti
     Less noise in the advantages is what a few thousand coefficients need most.
     """
     if hasattr(score_fn, "prefixes"):
-        scores_BX = score_in_batches(score_fn.prefixes, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch, cfg.response_tokens)
-        scores_BX = standardize(scores_BX)                                                                               # X: R + 1
+        scores_BX = standardize(score_in_batches(score_fn.prefixes, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch, cfg.response_tokens))
+        # X: R + 1 beginnings. A response's own score is that of all its tokens, of which it may have fewer than R.
         scores_B, prefix_scores_BR = scores_BX.gather(1, rollout.mask_BR.sum(1, keepdim=True)).squeeze(1), scores_BX[:, :-1]
     else:
         scores_B = standardize(score_in_batches(score_fn, rollout.tokens_BT, rollout.mask_BT, cfg.micro_batch))
@@ -770,6 +706,75 @@ class Standardize(NamedTuple):
 
     def __call__(self, scores: Tensor) -> Tensor:
         return (scores - self.mean) / self.std
+
+
+# ------------------------------------------------------------------------------------------------------------ few numbers
+
+def keep_few(policy: EditPolicy, prompts: Prompts, cfg: PPOConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Express what a policy has learned with `cfg.keep` of its coefficients and biases alone, those that together come nearest to it, and put
+    all others, and vectors, back to their start exactly -> by parameter, 1 for the numbers that are kept.
+
+    Nearest in KL: near the reference, policies moved by δ and by δ' are ½ mean (s·δ − s·δ')² nats apart, with s an episode's gradient of
+    log π; here from `cfg.keep_rollouts` rollouts of the reference. N: their episodes, K: all coefficients and biases.
+    """
+    numbers, start, parts = policy.state_dict(), policy.part_way(0.0), []
+    moved = {name: p - start[name] for name, p in numbers.items()}
+    with policy.holding(start):
+        for _ in tqdm(range(cfg.keep_rollouts), desc="keep"):
+            drawn = prompts.draw(cfg.episodes // cfg.samples_per_prompt, cfg.samples_per_prompt, generator)
+            rollout = collect_rollouts(policy, *drawn, prompts.end_of_text, cfg, generator)
+            parts += [episode_gradients(policy, select(rollout, rows), cfg) for rows in slices(cfg.episodes, cfg.micro_batch)]
+    grads = {name: torch.cat([part[name] for part in parts]) for name in numbers}
+    learned_N = sum(grads[name] @ step for name, step in moved.items())                        # s·δ of all that was learned
+    candidates = [name for name in numbers if ".vector_" not in name]
+    grad_NK = torch.cat([grads[name] for name in candidates], 1)
+    chosen, step_C = forward_selection(grad_NK, grad_NK.T @ learned_N / len(learned_N), cfg.keep)
+    sizes, zeros_K = [numbers[name].numel() for name in candidates], torch.zeros_like(grad_NK[0])
+    steps = dict(zip(candidates, zeros_K.index_copy(0, chosen, step_C).split(sizes)))
+    kept = dict(zip(candidates, zeros_K.index_fill(0, chosen, 1.0).split(sizes)))
+    policy.load_state_dict({name: p + steps.get(name, 0.0) for name, p in start.items()})
+    return {name: kept.get(name, torch.zeros_like(p)) for name, p in start.items()}
+
+
+def episode_gradients(policy: EditPolicy, batch: Rollout, cfg: PPOConfig) -> dict[str, Tensor]:
+    """-> the gradient of an episode's log π by each of the policy's numbers, {name: (B, numbers)}; for a policy at its start, where every
+    change is 0. One backward pass to the residual stream after each edited layer tells them all."""
+    probes = {layer: torch.zeros_like(batch.trunk.resid_BTD, requires_grad=True) for layer in policy.edits}
+    features = {policy.lowest: batch.trunk.features}
+
+    def watch(layer: int, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
+        features[layer] = policy.edits[layer].encode(mlp_BTD.detach(), neurons_BTM.detach())
+        return probes[layer]
+
+    edits = {layer: functools.partial(watch, layer) for layer in policy.edits}
+    # Not with last=R: the last layer may be edited, and its probe has all positions.
+    hidden_BTD = policy.model.hidden_from(batch.trunk.resid_BTD + probes[policy.lowest], policy.lowest, batch.mask_BT[:, :-1], edits)
+    logp_BRV = next_logprobs(policy.model, hidden_BTD[:, -cfg.response_tokens:], cfg.temperature)
+    logprobs_BR = pick(logp_BRV, batch.tokens_BT[:, -cfg.response_tokens:])
+    gradients = torch.autograd.grad((logprobs_BR * batch.mask_BR).sum(), list(probes.values()))
+    return {f"{layer}.{name}": value for layer, gradient_BTD in zip(probes, gradients)
+            for name, value in policy.edits[layer].gradients(features[layer], gradient_BTD).items()}
+
+
+def forward_selection(grad_NK: Tensor, target_K: Tensor, number: int, ridge: float = 0.03) -> tuple[Tensor, Tensor]:
+    """Solve F δ = target with only `number` of the K entries of δ other than 0 -> their indices in the order of choice, and their values.
+
+    F is the Fisher information, the mean of s sᵀ over N episodes' gradients s of log π (`grad_NK`); ½ δᵀFδ is the KL of a small step. With
+    target = Fδ*, δ is the nearest in KL to a step δ*; with the policy gradient g it is the natural gradient F⁻¹g (Kakade 2001;
+    tests/capacity.py). The numbers are chosen one by one, each time the one with the largest residual: orthogonal matching pursuit
+    (Pati et al. 1993), in units in which F has diagonal 1, with a ridge against noise. Features that say the same are not chosen twice.
+    """
+    N, rms_K = len(grad_NK), grad_NK.square().mean(0).sqrt().clamp(min=1e-8)
+    grad_NK, target_K = grad_NK / rms_K, target_K / rms_K
+    chosen, residual_K = [], target_K.abs()
+    for _ in range(min(number, len(residual_K))):
+        chosen.append(int(residual_K.argmax()))
+        some_NC = grad_NK[:, chosen]                # C: those chosen so far
+        step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), target_K[chosen])
+        residual_K = (target_K - grad_NK.T @ (some_NC @ step_C) / N).abs()
+        residual_K[chosen] = -1.0
+    chosen = torch.tensor(chosen, device=residual_K.device)
+    return chosen, step_C / rms_K[chosen]
 
 
 # --------------------------------------------------------------------------------------------------------------- evaluation
@@ -819,24 +824,25 @@ class Evaluation:
 
     def __call__(self, policy: Policy) -> Evaluated:
         """-> figures, samples and scores of the policy."""
-        (prompt_BT, mask_BT), generator = self.each_prompt(), torch.Generator().manual_seed(self.seed)
-        rollout = join([collect_rollouts(policy, prompt_BT[rows], mask_BT[rows], self.prompts.end_of_text, self.cfg, generator)._replace(trunk=None)
-                        for rows in slices(len(prompt_BT), self.cfg.generate_batch)])
+        (prompt_BT, prompt_mask_BT), generator = self.each_prompt(), torch.Generator().manual_seed(self.seed)
+        parts = (collect_rollouts(policy, prompt_BT[rows], prompt_mask_BT[rows], self.prompts.end_of_text, self.cfg, generator)
+                 for rows in slices(len(prompt_BT), self.cfg.generate_batch))
+        rollout = join([part._replace(trunk=None) for part in parts])
         sampled, mask_BR, kl_B = self.scored(rollout.tokens_BT, rollout.mask_BT), rollout.mask_BR, rollout.kl_BR.sum(1)
-        gain_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std().clamp(min=1e-6)
+        rise_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std().clamp(min=1e-6)
         return sampled._replace(figures={
             "score_ref": self.reference.scores_B.mean().item(), "score_ref_std": std.item(), "score_policy": sampled.scores_B.mean().item(),
-            **self.mean_and_error("score_gain_std", gain_B / std), **self.mean_and_error("reward_loss", -F.logsigmoid(gain_B)),
+            **self.mean_and_error("score_gain_std", rise_B / std), **self.mean_and_error("reward_loss", -F.logsigmoid(rise_B)),
             **self.mean_and_error("kl", kl_B), "entropy": masked_mean(rollout.entropy_BR, mask_BR).item(),
             "distinct_2": distinct_2(sampled, mask_BR.shape[1]), "ref_distinct_2": distinct_2(self.reference, mask_BR.shape[1]),
             "ref_perplexity": masked_mean(rollout.ref_logprobs_BR, mask_BR).neg().exp().item()},
-            prompt_means={name: by_prompt(x_B, self.cfg.eval_samples).tolist() for name, x_B in (("gains", gain_B / std), ("kls", kl_B))})
+            prompt_means={name: by_prompt(x_B, self.cfg.eval_samples).tolist() for name, x_B in (("gains", rise_B / std), ("kls", kl_B))})
 
     def frontier(self, policy: Policy) -> Iterator[tuple[float, Evaluated]]:
         """-> (share, what was measured) with the learned numbers taken a quarter, half, three quarters and all of the way that they have gone.
 
-        So is gain known at smaller KLs than the run ended at (as by Ramé et al. 2024, arXiv:2406.16768, of all weights). Where training passed
-        there, its first large and noisy steps had just been made: less gain for the same KL.
+        So is gain known at smaller KLs than the run ended at (as by Ramé et al. 2024, arXiv:2406.16768, of all weights). A run passes such KLs
+        in training too, but right after its first, large and noisy steps, with less gain.
         """
         for share in SHARES:
             with policy.holding(policy.part_way(share)):
@@ -884,7 +890,8 @@ def gains_at_kls(runs: list[tuple[np.ndarray, np.ndarray]], kls: tuple[float, ..
     the same in every call with as many seeds and prompts, so that differences between policies are paired. Where seeds differ and are
     only two or three, intervals of their quantiles are too narrow: resampling S of them has (S − 1)/S of their variance."""
     def mean_gains(seeds: Sequence[int], prompts: np.ndarray | slice) -> list[float]:
-        return [np.mean([gain_at_kl(runs[s][0][:, prompts].mean(1), runs[s][1][:, prompts].mean(1), at) for s in seeds]) for at in kls]
+        frontiers = [[x_EP[:, prompts].mean(1) for x_EP in runs[s]] for s in seeds]
+        return [np.mean([gain_at_kl(kl_E, gain_E, at) for kl_E, gain_E in frontiers]) for at in kls]
 
     rng, S, P = np.random.default_rng(0), len(runs), runs[0][0].shape[1]
     drawn = [mean_gains(rng.integers(S, size=S), rng.integers(P, size=P)) for _ in range(draws)]

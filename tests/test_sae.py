@@ -352,7 +352,7 @@ def test_work_for_the_active_features_alone_gives_the_same_gradients(name):
 def test_finished_sae_encodes_as_in_training_and_round_trips(name, tmp_path):
     """In the model's units, rows of norm 1, a file that loads; batchtopk by its threshold: no token depends on its batch."""
     trainer, x_ND = objective_trainer(name, refit=False)
-    sae, scaled_ND = trainer.finished(x_ND), 0.5 * x_ND
+    sae, scaled_ND = trainer.export(x_ND), 0.5 * x_ND
     trained = OBJECTIVES[name].activation(trainer.sae, trainer.sae.pre(scaled_ND), 10.0).detach()
     if name == "batchtopk":
         trained = (pre := trainer.sae.pre(scaled_ND).relu().detach()) * (pre > 0.5 * sae.threshold_F)
@@ -471,7 +471,7 @@ def test_resampling_revives_features_made_dead_on_purpose(resample):
             trainer.sae.b_enc_F.data[:8] = -1e4                  # silent from now on, whatever the optimizer does
         if trainer.resample_due(step) and resample:
             dead.append(trainer.resample(rows.draw(1024)))
-    sae = trainer.finished(rows.rows_ND)
+    sae = trainer.export(rows.rows_ND)
     alive_F, found = (sae.encode(rows.rows_ND) > 0).any(0), mmcs(rows.directions_GD, sae.W_dec_FD)
     assert alive_F[8:].all() and alive_F[:8].all() == alive_F[:8].any() == resample
     assert dead == [8, 0] and found > 0.9 if resample else found < 0.9, (dead, found)
