@@ -4,7 +4,6 @@ Dimension key: B batch   T tokens   R response tokens   N rows (tokens, flattene
                G the features looked at   C classes of tokens   V vocabulary
 """
 
-import io
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,17 +31,16 @@ class InterpretConfig:
     features: int = 64                   # listed: those whose coefficients, to first order, change the reward most
     contexts: int = 6                    # contexts a feature from its strongest activations; two more from each of QUANTILES
     width: int = 12                      # tokens of context on each side of the one looked at
-    logit_tokens: int = 8                # promoted and suppressed tokens a feature
     samples: int = 16                    # held-out prompts shown with the text before and after
-    effect_samples: int = 2              # of the policy a held-out prompt, reweighted for each feature's effect; half as many of the reference
+    effect_samples: int = 2              # the policy's a held-out prompt, reweighted for each feature's effect; of the reference's half as many
     fresh_samples: int = 3               # a held-out prompt, drawn anew; no more than the run's --rlhf-eval-samples, as those above
     checks: int = 5                      # features whose effect is also measured on fresh samples
     columns: int = 256                   # features, MLP coordinates and random directions whose explanation scores are averaged
 
     def __post_init__(self):
         check_positive(self, "interpret", "features", "samples", "effect_samples", "fresh_samples", "columns")
-        if min(self.contexts, self.width, self.logit_tokens, self.checks) < 0:
-            raise UserError("--interpret-contexts, -width, -logit-tokens and -checks must not be negative")
+        if min(self.contexts, self.width, self.checks) < 0:
+            raise UserError("--interpret-contexts, -width and -checks must not be negative")
 
 
 # ------------------------------------------------------------------------------------------------------------ feature cards
@@ -62,7 +60,7 @@ class FeatureCard:
     feature: int
     coef: float                          # c, 1 where RLHF left it alone
     bias: float                          # b, 0 likewise
-    firing_rate: float                   # share of held-out tokens on which it is active
+    firing_rate: float                   # share of held-out tokens on which it is active, windows' first ones left out
     peak: float                          # its largest activation there
     histogram: list[int]                 # of its activations where active, in equal steps from 0 to `peak`
     tokens: list[tuple[str, float]]      # those that make up most of its activation, with their share of it
@@ -75,6 +73,7 @@ class FeatureCard:
 
 
 QUANTILES = (0.9, 0.5, 0.1)                          # of a feature's activations; the strongest alone would flatter it
+LISTED_TOKENS = 8                                    # promoted and suppressed ones of a feature
 CARRIED = 0.9                                        # the share of the gain that `carriers` carry
 
 
@@ -116,9 +115,9 @@ def quantile_contexts(activations_BT: Tensor, tokens_BT: Tensor, tokenizer: Toke
 
 @torch.no_grad()
 def logit_effect(model: Pythia, direction_GD: Tensor) -> Tensor:
-    """-> effect_GV: how much one unit of each direction, added to the final residual stream, moves each token's logit against the mean
-    logit, times the scale that the final layer norm divides by there, the same for all tokens. The direct path only: layers in between
-    are passed by."""
+    """-> effect_GV: how much one unit of each direction, added to the final residual stream, moves each token's logit against the mean logit,
+    to first order, multiplied by the standard deviation that the final layer norm divides by, the same for all of the vocabulary. The direct
+    path only: layers in between are passed by."""
     weight_D = model.gpt_neox.final_layer_norm.weight.float()
     direction_GD = direction_GD.float() - direction_GD.float().mean(-1, keepdim=True)          # the layer norm takes the mean out
     effect_GV = (direction_GD * weight_D) @ model.embed_out.weight.float().T
@@ -133,18 +132,18 @@ def top_tokens(values_V: Tensor, tokenizer: Tokenizer, number: int) -> list[tupl
 
 def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen: list[int] | None, learned: dict[str, Tensor],
                tokens_BT: Tensor, cfg: InterpretConfig) -> tuple[list[FeatureCard], dict]:
-    """-> cards of the chosen features of one layer, in order, and what is known of its whole SAE (`explanations`). `learned` holds
-    `{layer}.coef_F` and perhaps `{layer}.bias_F`. With None chosen: those of `cfg.columns` features that the text explains best."""
+    """-> cards of the chosen features of one layer, in order, and what is known of its whole SAE (`mean_explanations`). `learned` holds
+    `{layer}.coef_F` and perhaps `{layer}.bias_F`, or nothing. With None chosen: those of `cfg.columns` features that the text explains best."""
     spread = torch.linspace(0, sae.num_features - 1, min(cfg.columns, sae.num_features)).round().long().tolist()
     looked_at = (chosen or []) + spread
     rows_ND = mlp_rows(model, layer, tokens_BT).float()                                    # without the windows' first tokens
     activations_NG, rate_F = feature_activations(sae, rows_ND, looked_at)
-    activations_BTG = F.pad(activations_NG.view(len(tokens_BT), -1, len(looked_at)), (0, 0, 1, 0))
+    activations_BTG = F.pad(activations_NG.view(len(tokens_BT), -1, len(looked_at)), (0, 0, 1, 0))            # 0 on a window's first
     score = explanation_score(activations_NG, tokens_BT)
-    about = explanations(rows_ND, tokens_BT, rate_F, Explanation(*(part[-len(spread):] for part in score)), len(spread))
-    columns = range(len(chosen)) if chosen is not None else score.pearson_F.nan_to_num(-1).argsort(descending=True)[:cfg.features].tolist()
+    about = mean_explanations(rows_ND, tokens_BT, rate_F, Explanation(*(part[-len(spread):] for part in score)), len(spread))
+    listed = range(len(chosen)) if chosen is not None else score.pearson_F.nan_to_num(-1).argsort(descending=True)[:cfg.features].tolist()
     cards = []
-    for g in columns:
+    for g in listed:
         i, activations_BT = looked_at[g], activations_BTG[..., g]
         effect_V = logit_effect(model, sae.W_dec_FD[[i]])[0, :tokenizer.vocab_size]
         weight_V = torch.zeros(model.cfg.vocab_size).index_add(0, tokens_BT.flatten().long(), activations_BT.flatten())[:tokenizer.vocab_size]
@@ -156,12 +155,12 @@ def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen
         contexts = top_contexts(activations_BT, tokens_BT, tokenizer, cfg.contexts, cfg.width)
         cards.append(FeatureCard(
             layer, i, coef, bias, rate_F[i].item(), peak, histogram, fires_on, finite(score.pearson_F[g].item()),
-            top_tokens(effect_V, tokenizer, cfg.logit_tokens), [(token, -v) for token, v in top_tokens(-effect_V, tokenizer, cfg.logit_tokens)],
+            top_tokens(effect_V, tokenizer, LISTED_TOKENS), [(token, -v) for token, v in top_tokens(-effect_V, tokenizer, LISTED_TOKENS)],
             contexts + quantile_contexts(activations_BT, tokens_BT, tokenizer, cfg.width)))
     return cards, about
 
 
-def explanations(rows_ND: Tensor, tokens_BT: Tensor, rate_F: Tensor, features: "Explanation", columns: int) -> dict:
+def mean_explanations(rows_ND: Tensor, tokens_BT: Tensor, rate_F: Tensor, features: "Explanation", columns: int) -> dict:
     """-> mean explanation scores of features, and of as many MLP coordinates and random directions made as sparse; firing rates."""
     D, generator = rows_ND.shape[1], torch.Generator().manual_seed(0)
     random_DG = F.normalize(torch.randn(D, columns, generator=generator), dim=0).to(rows_ND.device)
@@ -207,7 +206,9 @@ def shown_samples(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], cau
             sample[f"tokens_{name}"] = [(tokenizer.decode([i]), round(r, 3)) for i, r in zip(tokens_T[-len(ratios):].tolist(), ratios)]
             for layer, sae in saes.items():          # as the unedited model reads the text
                 activations_TF = sae.encode(model.mlp_output(tokens_T[None], layer)[0].float()).cpu()
-                for (_, i), found in ((feature, found) for feature, found in places.items() if feature[0] == layer):
+                for (card_layer, i), found in places.items():
+                    if card_layer != layer:
+                        continue
                     peak, place = activations_TF[-len(ratios):, i].max(0)
                     if peak > 0:
                         place = len(tokens_T) - len(ratios) + int(place)
@@ -223,7 +224,7 @@ def shown_samples(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], cau
 class Explanation(NamedTuple):
     """How far the text at hand predicts each column, on windows it was not fitted to; NaN for columns silent in either half."""
     pearson_F: Tensor                    # between prediction and activation
-    f1_F: Tensor                         # of "active"; predictions count as such above a cut that as many fitted rows pass as were active
+    f1_F: Tensor                         # of "active"; predictions count as such from a cut that as many fitted rows pass as were active
 
 
 @torch.no_grad()
@@ -260,9 +261,6 @@ def class_means(values_NF: Tensor, class_N: Tensor, prior_CF: Tensor, strength: 
     return (strength * prior_CF).index_add(0, class_N, values_NF) / (count_C + strength)
 
 
-# Controls, to be scored in the same way as an SAE's features: `mlp_rows` themselves (the MLP output's coordinates) and their products with
-# random unit directions, both through `as_sparse_as`; `tests/bench.py explain` has an SAE of a model with shuffled weights besides.
-
 def as_sparse_as(values_NG: Tensor, rate_F: Tensor) -> Tensor:
     """-> (values − threshold)⁺ with a threshold for each column, such that their firing rates are spread as rate_F is."""
     rate_G = rate_F.cpu().sort().values[torch.linspace(0, len(rate_F) - 1, values_NG.shape[1]).round().long()]
@@ -289,13 +287,13 @@ class Samples:
 
         (w_R − 1) S − Σₜ (wₜ − wₜ₋₁) Vₜ
 
-    Importance weighting, not self-normalised, with a control variate: each term of the sum has mean 0 for whatever Vₜ depends on the
-    text before token t alone. Here Vₜ = aₜ + bₜ · (score of the text before token t), or of the prompt's other samples where the reward
-    cannot be asked for it, fitted to these samples by least squares. The same Vₜ is the baseline of the score-function gradient
-    ∇J = E Σₜ (S − Vₜ) ∇ log π(token t), which is the estimate above to first order. Scores are in `unit`s.
+    Importance weighting, not self-normalised, with a control variate: each term of the sum has mean 0, whatever Vₜ is, as long as it depends
+    on nothing but the text before token t. Here Vₜ = aₜ + bₜ xₜ, fitted to these samples by least squares; xₜ is the score of that text or,
+    where the reward cannot be asked for it, the mean score of the prompt's other samples. The same Vₜ is the baseline of the score-function
+    gradient ∇J = E Σₜ (S − Vₜ) ∇ log π(token t), which is the estimate above to first order. Scores are in `unit`s.
     """
 
-    def __init__(self, policy: EditPolicy, evaluation: Evaluation, sampled: Evaluated, per_prompt: int, unit: float,
+    def __init__(self, policy: EditPolicy, evaluation: Evaluation, sampled: Evaluated, per_prompt: int, unit: Tensor,
                  sampled_by_reference: bool = False):
         self.policy, self.evaluation, self.per_prompt = policy, evaluation, min(per_prompt, evaluation.cfg.eval_samples)
         first_B = torch.arange(len(sampled.scores_B), device=sampled.scores_B.device) % evaluation.cfg.eval_samples < self.per_prompt
@@ -349,7 +347,8 @@ class Samples:
 def first_order(gradient: dict[str, Tensor], learned: dict[str, Tensor], start: dict[str, Tensor]) -> dict[Feature, Tensor]:
     """-> gradient × move of each feature that moved, (2,), by the even and by the odd prompts; biases count with their coefficient."""
     found: dict[Feature, Tensor] = {}
-    for name, move_F in ((name, learned[name] - start[name]) for name in learned):
+    for name in learned:
+        move_F = learned[name] - start[name]
         predicted_F2 = (gradient[name] * move_F).T.double().cpu()
         for i in move_F.nonzero().flatten().tolist():
             feature = int(name.split(".")[0]), i
@@ -360,7 +359,7 @@ def first_order(gradient: dict[str, Tensor], learned: dict[str, Tensor], start: 
 class Causal(NamedTuple):
     """What each listed feature does to the reward."""
     effects: dict[Feature, dict]         # strongest first
-    summary: dict
+    summary: dict                        # of all of them together, see `causal_effects`
     sampled: Evaluated                   # of the policy, on all held-out prompts
     before: Samples                      # of the reference
     after: Samples                       # of the policy
@@ -374,6 +373,9 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     predicted  gradient × move on the policy's samples, `set_back` to first order
     fresh      set_back, measured on samples drawn anew, by other random numbers than all of the above
 
+    In the summary, of fresh samples but `sum`: `kept`, the gain when only the k strongest move; `together`, what is lost when all listed are set
+    back at once; `sum`, of their set_backs; `interaction`, together − sum.
+
     Listed are the features with the largest gradient × move on the *reference's* samples, so that this choice does not flatter what
     is measured on the policy's.
     """
@@ -384,12 +386,12 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     after = Samples(policy, evaluation, sampled, cfg.effect_samples, unit)
     expected, predicted = (first_order(side.gradient(values), learned, start) for side, values in ((before, start), (after, learned)))
     order = sorted(expected, key=lambda feature: -abs(expected[feature].sum().item()))
-    effects, single = {}, {}
+    effects, lost = {}, {}                           # lost: set_back of each held-out prompt
     for feature in tqdm(order[:cfg.features], desc="effects"):
         back_B, back_ess = after.change(mixed(learned, start, [feature]))
         alone_B, alone_ess = before.change(mixed(start, learned, [feature]))
-        single[feature] = by_prompt(-back_B, after.per_prompt)
-        effects[feature] = {"set_back": mean_se(single[feature]) | {"ess": back_ess}, "predicted": predicted[feature].mean().item(),
+        lost[feature] = by_prompt(-back_B, after.per_prompt)
+        effects[feature] = {"set_back": mean_se(lost[feature]) | {"ess": back_ess}, "predicted": predicted[feature].mean().item(),
                             "alone": mean_se(by_prompt(alone_B, before.per_prompt)) | {"ess": alone_ess}, "fresh": None}
     effects = dict(sorted(effects.items(), key=lambda item: -abs(item[1]["set_back"]["mean"])))
 
@@ -406,14 +408,16 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     gain_P = fresh_gain(learned)
     for feature in tqdm(list(effects)[:cfg.checks], desc="check"):
         effects[feature]["fresh"] = mean_se(gain_P - fresh_gain(mixed(learned, start, [feature])))
-    ranked, step = [*effects, *order[cfg.features:]], 2 if len(order) <= 256 else 4
+    ranked = [*effects, *order[cfg.features:]]       # those listed by their set_back, the others to first order
+    step = 2 if len(order) <= 256 else 4
     kept = [{"k": k} | mean_se(fresh_gain(mixed(start, learned, ranked[:k])))
             for k in tqdm([step ** n for n in range(32) if step ** n < len(ranked)], desc="share")]
+    # Where all that moved are listed, setting them all back gives the reference: all of the gain is lost.
     together_P = gain_P if len(order) <= cfg.features else gain_P - fresh_gain(mixed(learned, start, list(effects)))
-    sum_P = sum(single.values())
+    sum_P = sum(lost.values())
     kept.append({"k": len(ranked)} | mean_se(gain_P))
     return Causal(effects, {
-        "moved": len(ranked), "samples": len(after.score_B), "fresh_samples": len(again.reference.scores_B), **agreement(effects, single, predicted),
+        "moved": len(ranked), "samples": len(after.score_B), "fresh_samples": len(again.reference.scores_B), **agreement(effects, lost, predicted),
         "together": mean_se(together_P), "sum": mean_se(sum_P), "interaction": mean_se(together_P - sum_P),
         "kept": kept, "carriers": carriers(kept)}, sampled, before, after)
 
@@ -423,11 +427,11 @@ def mean_se(x_P: Tensor) -> dict[str, float | None]:
     return {"mean": finite(x_P.mean().item()), "se": finite((x_P.std() / len(x_P) ** 0.5).item())}
 
 
-def agreement(effects: dict[Feature, dict], single: dict[Feature, Tensor], predicted: dict[Feature, Tensor]) -> dict:
+def agreement(effects: dict[Feature, dict], lost: dict[Feature, Tensor], predicted: dict[Feature, Tensor]) -> dict:
     """-> Pearson r of predicted with measured effects: on the same samples; and of the prediction from half of the prompts with the
     measurement on the others (both ways; each half's means are taken out, for what all its effects share is no agreement)."""
     predicted_G2 = torch.stack([predicted[feature] for feature in effects])
-    measured_G2 = torch.stack([torch.stack([single[feature][half::2].mean() for half in (0, 1)]) for feature in effects])
+    measured_G2 = torch.stack([torch.stack([lost[feature][half::2].mean() for half in (0, 1)]) for feature in effects])
     return {"r": correlation(predicted_G2.mean(1), measured_G2.mean(1)),
             "r_other_prompts": correlation((predicted_G2 - predicted_G2.mean(0)).flatten(), (measured_G2 - measured_G2.mean(0)).flip(1).flatten())}
 
@@ -462,7 +466,17 @@ def plot_curves(path: Path, rows: list[dict], keys: tuple[str, ...], x_label: st
     save_figure(path, axis.figure)
 
 
-def plot_coefficients(path: Path, coefs: dict[int, Tensor]) -> None:
+def plot_report(folder: Path, learned: dict[str, Tensor], causal: Causal, runs: dict[str, list]) -> dict[str, Path]:
+    """-> the report's plots by name, written to folder/NAME.png. `runs`: see `plot_frontier`."""
+    paths = {name: folder / f"{name}.png" for name in ("coefficients", "frontier", "effects", "share")}
+    plot_coefficients(paths["coefficients"], {name.removesuffix(".coef_F"): p for name, p in learned.items() if name.endswith(".coef_F")})
+    plot_frontier(paths["frontier"], runs)
+    plot_effects(paths["effects"], list(causal.effects.values()))
+    plot_share(paths["share"], causal.summary["kept"])
+    return paths
+
+
+def plot_coefficients(path: Path, coefs: dict[str, Tensor]) -> None:
     """All coefficients in order of their values, a line a layer."""
     axis = Figure((5, 3.4), layout="constrained").subplots()
     for layer, coef_F in coefs.items():
@@ -498,28 +512,30 @@ def plot_sweep(path: Path, rows: list[dict]) -> None:
     save_figure(path, axis.figure)
 
 
-def plot_causal(folder: Path, effects: list[dict], kept: list[dict]) -> None:
-    """effects.png: measured against predicted effects.  share.png: the gain that the k strongest coefficients reach alone, against k."""
+def plot_effects(path: Path, effects: list[dict]) -> None:
+    """Measured against predicted effects."""
     axis = Figure((5, 3.4), layout="constrained").subplots()
     x, y = [effect["predicted"] for effect in effects], [effect["set_back"]["mean"] for effect in effects]
     axis.axline((0, 0), slope=1, color="grey", linewidth=0.6)
     axis.errorbar(x, y, [effect["set_back"]["se"] or 0 for effect in effects], fmt=".", linewidth=0.7)
     axis.set(xlabel="predicted: gradient × move", ylabel="measured: loss when set back, ± SE")
-    save_figure(folder / "effects.png", axis.figure)
+    save_figure(path, axis.figure)
+
+
+def plot_share(path: Path, kept: list[dict]) -> None:
+    """The gain that the k strongest features reach alone, against k."""
     axis = Figure((5, 3.4), layout="constrained").subplots()
     axis.errorbar([point["k"] for point in kept], [point["mean"] for point in kept], [point["se"] or 0 for point in kept], marker=".", linewidth=1)
     axis.axhline(CARRIED * kept[-1]["mean"], color="grey", linewidth=0.6, linestyle="--")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="features kept, strongest first; dashed: 90 % of the gain", ylabel="gain, standard deviations")
-    save_figure(folder / "share.png", axis.figure)
+    save_figure(path, axis.figure)
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a matplotlib figure as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_whole(path, lambda file: file.write(buffer.getvalue()))
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 # ------------------------------------------------------------------------------------------------------------------- report
@@ -555,7 +571,6 @@ def describe(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], texts: d
 def write_report(folder: str | Path, report: dict) -> Path:
     """Write report.json and the page made of it alone, index.html -> the page's path."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report)
     page = render_report(read_json(folder / "report.json"))
     write_whole(folder / "index.html", lambda file: file.write(page.encode()))

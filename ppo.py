@@ -55,7 +55,6 @@ class PPOConfig:
     lora_targets: tuple[str, ...] = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")      # layers that get an adapter
     lr: float = 0.0                      # Adam, falls linearly; 0: the policy's own, 0.6 for coefficients, 0.04 steer, 1e-3 adapters, 5e-5 weights
     critic_lr: float = 3e-3              # of the value head
-    adam_eps: float = 1e-5               # Ziegler; below it a gradient counts as small
     gamma: float = 1.0                   # discount
     lam: float = 0.7                     # λ of GAE (Ziegler: 0.95); README, Departures, says why
     clip: float = 0.2                    # of the ratio, and of the value around its old value
@@ -71,7 +70,7 @@ class PPOConfig:
 
     def __post_init__(self):
         check_positive(self, "rlhf", "iterations", "episodes", "samples_per_prompt", "prompt_tokens", "response_tokens", "temperature", "epochs",
-                       "minibatches", "micro_batch", "generate_batch", "lora_rank", "critic_lr", "adam_eps", "clip", "kl_target", "kl_horizon",
+                       "minibatches", "micro_batch", "generate_batch", "lora_rank", "critic_lr", "clip", "kl_target", "kl_horizon",
                        "keep_rollouts", "kl_stop", "eval_size", "eval_samples")
         if min(self.lr, self.kl_coef, self.keep) < 0 or not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
             raise UserError("--rlhf-lr, --rlhf-kl-coef and --rlhf-keep must not be negative, --rlhf-gamma and --rlhf-lam lie between 0 and 1")
@@ -212,8 +211,20 @@ class Policy:
         return sum(int((p != self.start(name)).sum()) for name, p in self.state_dict().items())
 
     def learning_rates(self, lr: float, learns: dict[str, Tensor]) -> list[tuple[list[nn.Parameter], float]]:
-        """-> parameters and Adam's step for them; `learns` masks those of which only some learn."""
-        return [([p], lr or self.default_lr) for p in self.trainable().values()]
+        """-> parameters, and Adam's step for them; `learns` masks those of which only some learn.
+
+        Adam moves each number by about lr a step. A coefficient acts only where its feature fires; a bias or a vector acts on every token, and
+        their moves add up. To keep a step's push near lr with --edit scale+bias, a vector's numbers take lr/√D, and each of n biases
+        lr/√(n + 2n²/πD), for that is the expected length of Σ ±d_i where one gradient chooses the signs. Coefficients beside them take lr/4:
+        at lr, the noise of thousands of them would cost as much KL as all biases.
+        """
+        lr, D, found = lr or self.default_lr, self.model.cfg.hidden_size, []
+        biased = any(".bias_" in name for name in self.trainable())
+        for name, p in self.trainable().items():
+            n = max(1, int(learns[name].sum()) if name in learns else p.numel())
+            divisors = {"bias_F": math.sqrt(n + 2 / math.pi * n ** 2 / D), "vector_D": math.sqrt(D), "coef_F": 4.0} if biased else {}
+            found.append(([p], lr / divisors.get(name.rpartition(".")[2], 1.0)))
+        return found
 
 
 class EditPolicy(Policy):
@@ -247,19 +258,6 @@ class EditPolicy(Policy):
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:
         edited_BTD = trunk.resid_BTD + self.edits[self.lowest].change(trunk.features).to(trunk.resid_BTD.dtype)
         return self.model.hidden_from(edited_BTD, self.lowest, mask_BT[:, :-1], self.edits, last=R)
-
-    def learning_rates(self, lr: float, learns: dict[str, Tensor]) -> list[tuple[list[nn.Parameter], float]]:
-        """Adam moves each number by about lr a step. A coefficient acts only where its feature fires; a bias or a vector acts on every token, and
-        their moves add up. To keep a step's push near lr with --edit scale+bias, a vector's numbers take lr/√D, and each of n biases
-        lr/√(n + 2n²/πD), for that is the expected length of Σ ±d_i where one gradient chooses the signs. Coefficients beside them take lr/4:
-        at lr, the noise of thousands of them would cost as much KL as all biases."""
-        lr, D, found = lr or self.default_lr, self.model.cfg.hidden_size, []
-        biased = any(".bias_" in name for name in self.trainable())
-        for name, p in self.trainable().items():
-            n = max(1, int(learns[name].sum()) if name in learns else p.numel())
-            divisors = {"bias_F": math.sqrt(n + 2 / math.pi * n ** 2 / D), "vector_D": math.sqrt(D), "coef_F": 4.0} if biased else {}
-            found.append(([p], lr / divisors.get(name.split(".")[1], 1.0)))
-        return found
 
 
 class WeightPolicy(Policy):
@@ -587,7 +585,7 @@ def train_ppo(policy: Policy, prompts: Prompts, score_fn: ScoreFn, cfg: PPOConfi
         learns = {name: torch.full_like(p, float(".vector_" in name)) for name, p in policy.state_dict().items()}
     rates = (*policy.learning_rates(cfg.lr, learns), (list(critic.parameters()), cfg.critic_lr))
     # foreach=False, one tensor after the other: PyTorch's default on a GPU, all at once, takes another copy of the trained weights.
-    optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in rates], eps=cfg.adam_eps, foreach=False)
+    optimizer = torch.optim.Adam([{"params": params, "peak": peak} for params, peak in rates], eps=1e-5, foreach=False)      # ε: Ziegler
     penalty = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     standardize = Standardize.by_reference(policy, prompts, score_fn, cfg, generator)
 
@@ -786,10 +784,6 @@ class Evaluated(NamedTuple):
     mask_BT: Tensor
     scores_B: Tensor
     prompt_means: dict[str, list[float]] = {}        # gain and KL of each prompt, for intervals over prompts
-
-    def for_log(self) -> dict:
-        """-> all that was measured, as `eval_` figures for a line of metrics.jsonl."""
-        return {f"eval_{key}": value for key, value in (self.figures | self.prompt_means).items()}
 
 
 class Evaluation:

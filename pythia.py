@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Edits = dict[int, Callable[[Tensor, Tensor], Tensor]]            # layer -> edit(mlp_BTD, neurons_BTM) -> change_BTD, see Pythia
-ScoreFn = Callable[[Tensor, Tensor], Tensor]                     # a reward: (tokens_BT, mask_BT) -> scores_B, higher is better
+ScoreFn = Callable[[Tensor, Tensor], Tensor]                     # a reward: (tokens_BT, mask_BT) -> scores_B; may have .prefixes (ppo.score)
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -174,23 +174,22 @@ ROPE_NAMES = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_base"
 # -------------------------------------------------------------------------------------------------------------------- model
 
 class Rotary:
-    """Turn pairs (a, b) of a query's or key's dimensions by the angle position · base^(−i/n), so that scores see only distances.
-
-    `a` is the first half of the rotated dimensions and `b` the second; what lies beyond `rotary_dims` passes through.
+    """Turn pair i of the n = rotary_dims / 2 pairs (a, b) of a query's or key's dimensions by the angle position · base^(−i/n), so that
+    attention depends on distances alone. `a` is the first half of the rotated dimensions and `b` the second; the rest passes through.
     """
 
     def __init__(self, cfg: PythiaConfig, num_positions: int, device: torch.device, dtype: torch.dtype):
         # In float32 whatever the model's dtype: old checkpoints hold a float16 copy of inv_freq that is too coarse.
         exponent = torch.arange(0, cfg.rotary_dims, 2, device=device, dtype=torch.float32) / cfg.rotary_dims
-        angle_TK = torch.outer(torch.arange(num_positions, device=device, dtype=torch.float32), float(cfg.rotary_base) ** -exponent)
+        angle_TP = torch.outer(torch.arange(num_positions, device=device, dtype=torch.float32), float(cfg.rotary_base) ** -exponent)
         self.dims = cfg.rotary_dims
-        self.cos_TK = angle_TK.cos().to(dtype)       # K here: half of the rotated dimensions
-        self.sin_TK = angle_TK.sin().to(dtype)
+        self.cos_TP = angle_TP.cos().to(dtype)       # P: pairs
+        self.sin_TP = angle_TP.sin().to(dtype)
 
     def __call__(self, x_BTH2K: Tensor, start: int) -> Tensor:
         """Turn queries and keys (2) of tokens `start` and on."""
         positions = slice(start, start + x_BTH2K.shape[1])
-        cos, sin = self.cos_TK[positions, None, None], self.sin_TK[positions, None, None]
+        cos, sin = self.cos_TP[positions, None, None], self.sin_TP[positions, None, None]
         a, b, rest = x_BTH2K.tensor_split((self.dims // 2, self.dims), dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
@@ -276,7 +275,7 @@ class Block(nn.Module):
                 last: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """-> the residual stream after the block, the MLP's output m_BTD, the MLP's neurons_BTM; `last`: only the last so many positions (0: all)."""
         h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD), rotary, attend_BHTS, cache)
-        x_BTD, h_BTD = x_BTD[:, -last:], h_BTD[:, -last:]          # -0: is all
+        x_BTD, h_BTD = x_BTD[:, -last:], h_BTD[:, -last:]          # last = 0 keeps all, as −0 is 0
         mlp_BTD, neurons_BTM = self.mlp(self.post_attention_layernorm(x_BTD if self.parallel else h_BTD))
         return h_BTD + mlp_BTD, mlp_BTD, neurons_BTM
 
@@ -364,7 +363,7 @@ class Pythia(nn.Module):
                 x_BTD = x_BTD + edits[layer](mlp_BTD, neurons_BTM)
         if cache:
             cache.length += T
-        return x_BTD[:, -last:], mlp_BTD, neurons_BTM
+        return x_BTD[:, -last:], mlp_BTD, neurons_BTM              # cut here where there was no layer to run
 
     def check_layer(self, layer: int) -> int:
         """-> `layer`, or a UserError where the model has no such layer."""
@@ -394,8 +393,8 @@ class Pythia(nn.Module):
         for step in range(T, total):
             new = slice(cache.length, step)          # the whole prompt at first, then one token at a time
             x_BTD = self.gpt_neox.embed_in(tokens_BT[:, new])
-            past_mask = None if mask_BT is None else mask_BT[:, :step]
-            x_BTD = self._run(x_BTD, range(self.cfg.num_layers), past_mask, edits, cache, record=record)[0]
+            past_mask_BS = None if mask_BT is None else mask_BT[:, :step]
+            x_BTD = self._run(x_BTD, range(self.cfg.num_layers), past_mask_BS, edits, cache, record=record)[0]
             logits_BTV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1:]))
             tokens_BT[:, step] = sample(logits_BTV[:, 0], temperature, uniform_BR[:, step - T])
         return tokens_BT

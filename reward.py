@@ -34,7 +34,7 @@ class RewardConfig:
     max_tokens: int = 256                # longest text, the leading end-of-text token included
     min_tokens: int = 16                 # label pairs are cut to a random length from here to max_tokens
     half: int = 0                        # label pairs: 0 all, 1 or 2 that half of the labelled texts
-    lr: float = 3e-4                     # peak; linear warm-up over the first 5 %, then linear to 0
+    lr: float = 3e-4                     # linear warm-up towards it over the first 5 % of the steps, then linear to 0 from 0.95 of it
     weight_decay: float = 0.1            # AdamW
     checkpoint_seconds: float = 120.0    # between resumable states
 
@@ -85,7 +85,7 @@ def split_dialogue(text: str) -> tuple[str, str]:
 
 
 def pairs_from_labels(rows: list[dict], half: int, generator: torch.Generator) -> list[Preference]:
-    """-> a positive text (label 1) preferred to a negative one (label 0), at random, each text once.
+    """-> a positive text (label 1) preferred to a negative one (label 0), at random, each text once at most.
 
     half 1 and 2 are disjoint halves of the labelled rows (alternate ones of each label), 0 is all of them.
     """
@@ -188,7 +188,7 @@ class RewardModel(Pythia):
 
 
 def preference_loss(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
-    """−log σ(score of the chosen − score of the rejected), mean over pairs (Bradley & Terry 1952)."""
+    """−log σ(score of the chosen − score of the rejected), mean over pairs, of texts or their beginnings (Bradley & Terry 1952)."""
     return -F.logsigmoid(chosen_B - rejected_B).mean()
 
 
@@ -232,8 +232,9 @@ def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], c
 
 
 def prefix_scores(model: RewardModel, tokens_BT: Tensor, mask_BT: Tensor, shortest: int) -> tuple[Tensor, Tensor]:
-    """-> scores of all beginnings, from `shortest` tokens on, that the chosen (first half of the batch) and the rejected text of a pair
-    both have, as two long vectors. One pass gives them all: causal attention makes each position's score that of the text up to it."""
+    """-> scores of all beginnings, from `shortest` tokens on (less where no pair has so many), that the chosen (first half of the batch) and
+    the rejected text of a pair both have, as two long vectors. One pass gives them all: causal attention makes each position's score that of
+    the text up to it."""
     chosen_BT, rejected_BT = model.head_scores(model.hidden(tokens_BT, mask_BT)).chunk(2)
     both_BT = torch.stack(mask_BT.bool().chunk(2)).all(0)
     both_BT[:, :min(shortest, int(both_BT.sum(1).max())) - 1] = False
@@ -256,7 +257,7 @@ def window(ids: list[int], length: int, place: float = 0.0) -> list[int]:
 
 
 def keep_end(ids: list[int], length: int) -> list[int]:
-    """-> at most `length` ids: a long prompt loses its beginning, the answer stays."""
+    """-> at most `length` ids, the first one and the last ones: a long prompt loses its beginning, then the answer its own."""
     return ids[:1] + ids[1:][-(length - 1):]
 
 

@@ -41,9 +41,7 @@ class SAEConfig:
     l0_rate: float = 0.01                # largest change of log l1_coef a step
     tokens: int = 1_800_000              # rows trained on in all
     batch_size: int = 512                # rows a step
-    lr: float = 2e-3                     # Adam, betas 0.9 and 0.999
-    lr_warmup: float = 0.02              # share of the steps over which lr rises from 0
-    lr_decay: float = 0.3                # share of the steps, at the end, over which lr falls to 0 (Anthropic, April 2024: 0.2)
+    lr: float = 2e-3                     # Adam; rises from 0 over the first 2 % of the steps, falls to 0 over the last 30 % (April 2024: 20 %)
     l1_warmup: float = 0.05              # share of the steps over which l1_coef rises from 0 (April 2024: 0.05)
     resample_at: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5)     # at these shares of the steps (paper: at 25k, 50k, 75k, 100k)
     dead_window: float = 0.0625          # silent over this share of the steps is dead (paper: half of the time between two of them)
@@ -403,8 +401,7 @@ class SAETrainer:
         cfg, sae, objective, done = self.cfg, self.sae, self.objective, step / self.steps
         x_ND = x_ND.float() * self.scale             # scaled from here on
         for group in self.optimizer.param_groups:
-            group["lr"] = group["times"] * cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup * self.steps),
-                                                        (1 - done) / max(cfg.lr_decay, 1e-9))
+            group["lr"] = group["times"] * cfg.lr * min(1.0, (step + 1) / max(1, 0.02 * self.steps), (1 - done) / 0.3)
         l1_coef = self.l1_coef * min(1.0, done / max(cfg.l1_warmup, 1e-9))
         with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):     # parameters and loss stay float32
             pre_NF = sae.pre(x_ND).float()

@@ -44,7 +44,8 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
     """Train a sparse autoencoder on the MLP output of --layer, or take that of --sae-load; text is sampled from the model, or read from
     --corpus."""
     model, tokenizer = load_model(args)
-    (layer,), generator = args.layers, torch.Generator().manual_seed(args.seed)
+    (layer,) = args.layers                           # `main` runs this stage once for each
+    generator = torch.Generator().manual_seed(args.seed)
     train_BT, heldout_BT = sae_text(args, cfg, model, tokenizer, run, generator)
     if cfg.load:
         trained = sae.load_sae(cfg.load, model=model, model_name=model_name(args), layer=layer, tokens_BT=heldout_BT)
@@ -62,16 +63,13 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     """PPO on --policy against --reward from --prompts; evaluated on --eval-prompts, also by the held-out reward model --gold."""
     model, tokenizer = load_model(args)
     saes = load_saes(args, model) if args.policy in ppo.NEED_SAE else {}
-    if args.policy.startswith("random"):
-        generator = torch.Generator().manual_seed(args.seed)
-        saes = {layer: random_like(args, model, layer, trained, generator) for layer, trained in saes.items()}
     policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit, args.seed)
     score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
     prompts, eval_prompts = load_prompts(args.prompts, model, tokenizer, cfg), load_prompts(args.eval_prompts, model, tokenizer, cfg, cfg.eval_size)
     evaluation = ppo.Evaluation(model, eval_prompts, score_fn, cfg, seed=1_000_000 + args.seed)
     ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(args.seed))
-    for share, after in evaluation.frontier(policy):             # the last: all of the change
-        run.log(share=share, **after.for_log())
+    for share, after in evaluation.frontier(policy):             # after the loop, `after` is that of the last share, of all that was learned
+        run.log(share=share, **{f"eval_{key}": value for key, value in (after.figures | after.prompt_means).items()})
     write_safetensors(run.folder / "policy.safetensors", policy.state_dict())
     write_json(run.folder / "samples.json", interpret.paired_samples(tokenizer, evaluation, after))
     interpret.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
@@ -92,63 +90,35 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
 def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, run: "Run") -> dict:
     """What RLHF changed, feature by feature, and what each of them does to the reward: one page. With no RLHF run yet, a page on the SAE."""
     model, tokenizer = load_model(args)
-    folder = folder_of(args, "rlhf")
-    finished = (folder / "metrics.json").exists()
-    if args.policy != "coef" or args.tag and not finished:
-        raise UserError(f"{folder} holds no finished run of --policy coef to interpret: run --stage rlhf first")
-    learned = read_safetensors(folder / "policy.safetensors") if finished else {}
-    if finished and read_json(folder / "metrics.json")["n_changed"] == 0:
-        raise UserError(f"{folder}: no coefficient moved, so there is nothing to interpret: train it for longer")
+    learned, figures = finished_coefs(args)          # nothing where there is no run yet
+    # The layers that the run edited, whatever --layer says.
     args = argparse.Namespace(**vars(args) | {"layers": sorted({int(name.split(".")[0]) for name in learned}) or args.layers})
     saes, folders = load_saes(args, model), {layer: sae_folder(args, layer) for layer in args.layers}
     texts = {layer: read_safetensors(path / "text.safetensors")["heldout"] for layer, path in folders.items()}
-    config, runs = read_json((folder if finished else folders[args.layers[0]]) / "config.json"), interpret.finished_runs(args.out)
-    if finished and not inputs(args, "rlhf").items() <= config.items():
-        raise UserError(f"{folder}: its coefficients were learned on another SAE than lies in {args.out} now: train them again, with a --tag")
-    causal = interpret.causal_effects(*learned_policy(args, cfg, model, tokenizer, saes, learned, config), cfg) if finished else None
-    # An SAE of --sae-load has no curves.
-    plots = {"RLHF": folder / "curves.png"} | {f"SAE {layer}": path / "curves.png" for layer, path in folders.items()}
-    if causal:
-        plots |= {name: run.folder / f"{name}.png" for name in ("coefficients", "frontier", "effects", "share")}
-        interpret.plot_causal(run.folder, list(causal.effects.values()), causal.summary["kept"])
-        interpret.plot_coefficients(plots["coefficients"], {layer: learned[f"{layer}.coef_F"] for layer in args.layers})
-        interpret.plot_frontier(plots["frontier"], {r["name"]: [r["frontier"]] for r in runs if r["reward"] == config["reward"]})
+    folder = folder_of(args, "rlhf")
+    config = read_json((folder if learned else folders[args.layers[0]]) / "config.json")
+    causal, commands = None, [command_line(args, "sae", read_json(path / "config.json")) for path in folders.values()]
+    if learned:
+        if not inputs(args, "rlhf").items() <= config.items():
+            raise UserError(f"{folder}: its coefficients were learned on another SAE than lies in {args.out} now: train them again, with a --tag")
+        policy, evaluation = learned_policy(args, cfg, model, tokenizer, saes, learned, config)
+        causal = interpret.causal_effects(policy, evaluation, cfg)
+        commands.append(command_line(args, "rlhf", config))
     report = interpret.describe(model, tokenizer, saes, texts, learned, causal, cfg)
     for layer, path in folders.items():
         report["saes"][layer]["metrics"] = read_json(path / "metrics.json")
-    commands = [command_line(args, "sae", read_json(path / "config.json")) for path in folders.values()]
+    runs = interpret.finished_runs(args.out)
+    plots = {"RLHF": folder / "curves.png"} | {f"SAE {layer}": path / "curves.png" for layer, path in folders.items()}       # --sae-load: none
+    if causal:
+        plots |= interpret.plot_report(run.folder, learned, causal, {r["name"]: [r["frontier"]] for r in runs if r["reward"] == config["reward"]})
     page = interpret.write_report(run.folder, report | {
-        "title": f"{'What RLHF changed in' if finished else 'The features of'} {model_name(args)}, layer {', '.join(map(str, args.layers))}",
-        "name": folder.name.removeprefix("rlhf-"), "rlhf": read_json(folder / "metrics.json") if finished else None, "runs": runs, "config": config,
-        "commands": commands + ([command_line(args, "rlhf", config)] if finished else []) + [command_line(args, "interpret", run.config)],
+        "title": f"{'What RLHF changed in' if learned else 'The features of'} {model_name(args)}, layer {', '.join(map(str, args.layers))}",
+        "name": folder.name.removeprefix("rlhf-"), "rlhf": figures, "runs": runs, "config": config,
+        "commands": [*commands, command_line(args, "interpret", run.config)],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "plots": {name: base64.b64encode(path.read_bytes()).decode() for name, path in plots.items() if path.exists()}})
     print(f"report: {page}")
     return {"features": len(report["features"])} | ({key: causal.summary[key] for key in ("r", "r_other_prompts", "carriers")} if causal else {})
-
-
-def learned_policy(args: argparse.Namespace, cfg: interpret.InterpretConfig, model: Pythia, tokenizer: Tokenizer, saes: dict[int, sae.SAE],
-                   learned: dict[str, Tensor], config: dict) -> tuple[ppo.EditPolicy, ppo.Evaluation]:
-    """-> the policy of a finished run, and the evaluation of its own reward on its held-out prompts, by samples that the run has not seen."""
-    rlhf = ppo.PPOConfig(**{f.name: config[f.name] for f in dataclasses.fields(ppo.PPOConfig) if f.name in config})
-    rlhf = dataclasses.replace(rlhf, keep=0, eval_samples=min(max(cfg.effect_samples, cfg.fresh_samples), rlhf.eval_samples))
-    policy = ppo.make_policy("coef", model, args.layers, saes, rlhf, config["edit"])
-    policy.load_state_dict(learned)
-    prompts = load_prompts(config["eval_prompts"], model, tokenizer, rlhf, rlhf.eval_size)
-    score_fn = reward.load_reward(config["reward"], tokenizer, args.dtype, args.device)
-    return policy, ppo.Evaluation(model, prompts, score_fn, rlhf, seed=2_000_000 + int(config["seed"]))
-
-
-def command_line(args: argparse.Namespace, stage: str, config: dict) -> str:
-    """-> the command that makes a stage's result again: the options in its config.json that are not the defaults."""
-    default, words = vars(parse([])), ["python", "train.py", "--stage", stage, "--out", args.out]
-    for name, value in {**config, "layer": ",".join(re.findall(r"\d+", config["layers"])), "tag": args.tag if stage != "sae" else ""}.items():
-        option = name if name in default else f"{stage}_{name}"
-        usual = json.loads(json.dumps(default.get(option, value)))
-        if str(value).removeprefix("torch.") != str(usual):
-            text = ",".join(map(str, value)) if isinstance(value, list) else ("no", "yes")[value] if isinstance(value, bool) else value
-            words += [f"--{option.replace('_', '-')}", str(text).removeprefix("torch.")]
-    return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -206,8 +176,8 @@ class SweepConfig:
 
 
 def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
-    """Train an SAE for each objective, L0 target and seed, and --policy on each, in folders OUT/sweep-OBJECTIVE-L0-SEED, on the same text;
-    then lay the SAEs' figures and the gains side by side, means over seeds; of coef also how many features carry 90 % of the gain, from
+    """Train an SAE for each objective, L0 target and seed, and --policy on each, in folders OUT/sweep-OBJECTIVE-L0-SEED, all of a seed on the
+    same text; then lay the SAEs' figures and the gains side by side, means over seeds; of coef also how many features carry 90 % of the gain, from
     each cell's report. Finished cells are not run again."""
     if len(args.layers) > 1:
         raise UserError("--stage sweep lays SAEs of one layer side by side: give one --layer")
@@ -270,19 +240,12 @@ class LMConfig:
     lr: float = 2e-3                     # peak; cosine to 0 (AdamW, betas 0.9 and 0.98)
     warmup: int = 200                    # steps
     weight_decay: float = 0.1            # on matrices
-    max_grad_norm: float = 1.0
     checkpoint_seconds: float = 120.0    # between resumable states
 
     def __post_init__(self):
-        check_positive(self, "lm", "num_layers", "hidden_size", "num_heads", "tokens", "batch_size", "micro_batch", "lr", "warmup", "max_grad_norm")
+        check_positive(self, "lm", "num_layers", "hidden_size", "num_heads", "tokens", "batch_size", "micro_batch", "lr", "warmup")
         if self.context < 2 or self.weight_decay < 0:
             raise UserError("--lm-context needs 2 tokens or more, and --lm-weight-decay must not be negative")
-
-
-def next_token_loss(model: Pythia, tokens_BT: Tensor) -> Tensor:
-    """-> mean cross-entropy in nats a predicted token (all but each window's first)."""
-    logits_BTV = model(tokens_BT[:, :-1])
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
 
 
 def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
@@ -300,81 +263,6 @@ def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
             "loss": evaluate_lm(args, run.folder / "model", cfg.context)}
 
 
-def train_lm(model: Pythia, windows_BT: Tensor, cfg: LMConfig, run: "Run", generator: torch.Generator) -> Pythia:
-    """AdamW on next-token loss over windows of text in random order -> the model, trained in place."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=cfg.lr, betas=(0.9, 0.98), fused=True)
-    steps = cfg.tokens // (cfg.batch_size * cfg.context)
-    if not steps:
-        raise UserError(f"--lm-tokens {cfg.tokens} do not fill one batch of {cfg.batch_size} windows of {cfg.context} tokens")
-    epoch_orders = [torch.randperm(len(windows_BT), generator=generator) for _ in range(-(-steps * cfg.batch_size // len(windows_BT)))]
-    order = torch.cat(epoch_orders)
-    first = run.restore(model=model, optimizer=optimizer)
-    bar = tqdm(range(first, steps), desc="lm", initial=first, total=steps)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min((step + 1) / cfg.warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        batch_BT = windows_BT[order[step * cfg.batch_size:(step + 1) * cfg.batch_size]].long().to(model.device)
-        loss = 0.0
-        for micro_BT in batch_BT.split(cfg.micro_batch):
-            with mixed_precision(model.device):      # the weights stay float32
-                part = next_token_loss(model, micro_BT) * len(micro_BT) / len(batch_BT)
-            part.backward()
-            loss += part.item()
-        check_finite(f"lm, step {step}", optimizer, loss=loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0 or step == steps - 1:
-            run.log(step=step, loss=loss)
-            bar.set_postfix(loss=f"{loss:.3f}")
-        run.checkpoint(step + 1, cfg.checkpoint_seconds, model=model, optimizer=optimizer)
-    return model
-
-
-@torch.no_grad()
-def evaluate_lm(args: argparse.Namespace, folder: Path, context: int) -> float | None:
-    """-> mean loss over all predicted tokens of --eval-corpus, in float32, with the weights as they were saved."""
-    if not args.eval_corpus:
-        return None
-    model = Pythia.from_pretrained(folder, dtype=torch.float32, device=args.device)
-    windows_BT = token_windows(read_texts(args.eval_corpus), Tokenizer.from_pretrained(folder), context)
-    losses = [next_token_loss(model, batch_BT.long().to(args.device)).double() * len(batch_BT)
-              for batch_BT in tqdm(windows_BT.split(16), desc="evaluate")]
-    return (sum(losses) / len(windows_BT)).item()
-
-
-def read_texts(path: str | Path) -> list[str]:
-    """-> documents of a .txt (one), .jsonl or .jsonl.gz file ({"text": …}); UserError where there is no text at all."""
-    path = Path(path)
-    if path.suffix == ".txt":
-        with reading(path, "not readable as UTF-8 text"):
-            texts = [path.read_text(encoding="utf-8")]
-    else:
-        texts = [row.get("text") for row in read_rows(path)]
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f'{path}: every row needs a "text" string')
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise UserError(f"{path}: an empty corpus: no text in it")
-    return texts
-
-
-def token_windows(texts: list[str], tokenizer: Tokenizer, context: int) -> Tensor:
-    """-> tokens_BT: all documents in one stream, an end-of-text token after each, cut into windows that start with one too."""
-    stream: list[int] = []
-    for text in tqdm(texts, desc="tokenize", unit="doc", disable=len(texts) < 10_000):
-        stream += tokenizer.encode(text)
-        stream.append(tokenizer.end_of_text)
-    T = context - 1
-    if len(stream) < T:
-        raise UserError(f"the corpus has {len(stream)} tokens; one window of {T} is the least")
-    body_BT = torch.tensor(stream[:len(stream) // T * T], dtype=torch.int32).view(-1, T)
-    return F.pad(body_BT, (1, 0), value=tokenizer.end_of_text)
-
-
 # ------------------------------------------------------------------------------------------------- what stages load and share
 
 def load_model(args: argparse.Namespace) -> tuple[Pythia, Tokenizer]:
@@ -385,7 +273,7 @@ def load_model(args: argparse.Namespace) -> tuple[Pythia, Tokenizer]:
 
 
 def choose_layers(args: argparse.Namespace) -> None:
-    """Turn --layer into args.layers, a list of numbers; args.middle is what it is where none is given."""
+    """Turn --layer into args.layers, a sorted list of numbers; args.middle is the layer where none is given."""
     path = CheckpointFiles(args.model).need("config.json")
     count = PythiaConfig.from_json(read_json(path), path).num_layers
     args.middle = count // 2
@@ -413,19 +301,46 @@ def missing_saes(args: argparse.Namespace) -> list[int]:
 
 
 def load_saes(args: argparse.Namespace, model: Pythia) -> dict[int, sae.SAE]:
-    """-> the SAEs of this run folder, by layer."""
+    """-> the SAEs of this run folder, by layer; in their place, with --policy random or random_rates, random dictionaries like them."""
     if missing := missing_saes(args):
         raise UserError(f"{sae_folder(args, missing[0])} holds no finished SAE: run --stage sae first")
-    return {layer: sae.load_sae(sae_folder(args, layer), model=model, model_name=model_name(args), layer=layer) for layer in args.layers}
+    saes, generator = {}, torch.Generator().manual_seed(args.seed)
+    for layer in args.layers:
+        folder = sae_folder(args, layer)
+        saes[layer] = sae.load_sae(folder, model=model, model_name=model_name(args), layer=layer)
+        if args.policy == "random":
+            saes[layer] = sae.random_dictionary(saes[layer], generator, l0=read_json(folder / "metrics.json")["l0"])
+        elif args.policy == "random_rates":
+            text_BT = read_safetensors(folder / "text.safetensors")["heldout"][:64]
+            saes[layer] = sae.random_dictionary(saes[layer], generator, sae.mlp_rows(model, layer, text_BT).float())
+    return saes
 
 
-def random_like(args: argparse.Namespace, model: Pythia, layer: int, trained: sae.SAE, generator: torch.Generator) -> sae.SAE:
-    """-> the random dictionary of --policy random or random_rates, to compare a layer's SAE with."""
-    folder = sae_folder(args, layer)
-    if args.policy == "random":
-        return sae.random_dictionary(trained, generator, l0=read_json(folder / "metrics.json")["l0"])
-    text_BT = read_safetensors(folder / "text.safetensors")["heldout"][:64]
-    return sae.random_dictionary(trained, generator, sae.mlp_rows(model, layer, text_BT).float())
+def finished_coefs(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict | None]:
+    """-> what a finished run of --policy coef has learned, and its figures; ({}, None) where the run folder has none yet."""
+    folder = folder_of(args, "rlhf")
+    finished = (folder / "metrics.json").exists()
+    if args.policy != "coef" or args.tag and not finished:
+        raise UserError(f"{folder} holds no finished run of --policy coef to interpret: run --stage rlhf first")
+    if not finished:
+        return {}, None
+    figures = read_json(folder / "metrics.json")
+    if figures["n_changed"] == 0:
+        raise UserError(f"{folder}: no coefficient moved, so there is nothing to interpret: train it for longer")
+    return read_safetensors(folder / "policy.safetensors"), figures
+
+
+def learned_policy(args: argparse.Namespace, cfg: interpret.InterpretConfig, model: Pythia, tokenizer: Tokenizer, saes: dict[int, sae.SAE],
+                   learned: dict[str, Tensor], config: dict) -> tuple[ppo.EditPolicy, ppo.Evaluation]:
+    """-> the policy of a finished run, and the evaluation of its own reward on its held-out prompts, by samples that the run has not seen."""
+    rlhf = ppo.PPOConfig(**{f.name: config[f.name] for f in dataclasses.fields(ppo.PPOConfig) if f.name in config})
+    # keep=0: `keep_few` has turned the vector that comes with it into biases already.
+    rlhf = dataclasses.replace(rlhf, keep=0, eval_samples=min(max(cfg.effect_samples, cfg.fresh_samples), rlhf.eval_samples))
+    policy = ppo.make_policy("coef", model, args.layers, saes, rlhf, config["edit"])
+    policy.load_state_dict(learned)
+    prompts = load_prompts(config["eval_prompts"], model, tokenizer, rlhf, rlhf.eval_size)
+    score_fn = reward.load_reward(config["reward"], tokenizer, args.dtype, args.device)
+    return policy, ppo.Evaluation(model, prompts, score_fn, rlhf, seed=2_000_000 + int(config["seed"]))
 
 
 def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: "Run",
@@ -463,6 +378,36 @@ def find_text(run: "Run") -> Path | None:
         if found.exists() and config.exists() and all(read_json(config).get(name) == run.config[name] for name in same):
             return found
     return None
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """-> documents of a .txt (one), .jsonl or .jsonl.gz file ({"text": …}); UserError where there is no text at all."""
+    path = Path(path)
+    if path.suffix == ".txt":
+        with reading(path, "not readable as UTF-8 text"):
+            texts = [path.read_text(encoding="utf-8")]
+    else:
+        texts = [row.get("text") for row in read_rows(path)]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f'{path}: every row needs a "text" string')
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"{path}: an empty corpus: no text in it")
+    return texts
+
+
+def token_windows(texts: list[str], tokenizer: Tokenizer, context: int) -> Tensor:
+    """-> tokens_BT: all documents in one stream, an end-of-text token after each, cut into windows that start with one too; what does not
+    fill the last window is left out."""
+    stream: list[int] = []
+    for text in tqdm(texts, desc="tokenize", unit="doc", disable=len(texts) < 10_000):
+        stream += tokenizer.encode(text)
+        stream.append(tokenizer.end_of_text)
+    T = context - 1
+    if len(stream) < T:
+        raise UserError(f"the corpus has {len(stream)} tokens; one window of {T} is the least")
+    body_BT = torch.tensor(stream[:len(stream) // T * T], dtype=torch.int32).view(-1, T)
+    return F.pad(body_BT, (1, 0), value=tokenizer.end_of_text)
 
 
 def sample_windows(model: Pythia, tokenizer: Tokenizer, number: int, context: int, batch: int, generator: torch.Generator) -> Tensor:
@@ -504,6 +449,73 @@ def load_prompts(path: str, model: Pythia, tokenizer: Tokenizer, cfg: ppo.PPOCon
     if number and len(prompts.tokens_BT) < 2:
         raise UserError("--eval-prompts: an evaluation needs at least two prompts (--rlhf-eval-size), for its errors are over prompts")
     return prompts
+
+
+def command_line(args: argparse.Namespace, stage: str, config: dict) -> str:
+    """-> the command that makes a stage's result again: the options in its config.json that are not the defaults."""
+    default, words = vars(parse([])), ["python", "train.py", "--stage", stage, "--out", args.out]
+    # A key that is no option (a file's hash) has no default: compared with itself, it is left out.
+    for name, value in {**config, "layer": ",".join(re.findall(r"\d+", config["layers"])), "tag": args.tag if stage != "sae" else ""}.items():
+        option = name if name in default else f"{stage}_{name}"
+        usual = json.loads(json.dumps(default.get(option, value)))
+        if str(value).removeprefix("torch.") != str(usual):
+            text = ",".join(map(str, value)) if isinstance(value, list) else ("no", "yes")[value] if isinstance(value, bool) else value
+            words += [f"--{option.replace('_', '-')}", str(text).removeprefix("torch.")]
+    return shlex.join(words)
+
+
+# Training a language model.
+
+def next_token_loss(model: Pythia, tokens_BT: Tensor) -> Tensor:
+    """-> mean cross-entropy in nats a predicted token (all but each window's first)."""
+    logits_BTV = model(tokens_BT[:, :-1])
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
+
+
+def train_lm(model: Pythia, windows_BT: Tensor, cfg: LMConfig, run: "Run", generator: torch.Generator) -> Pythia:
+    """AdamW on next-token loss over windows of text in random order -> the model, trained in place."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+    steps = cfg.tokens // (cfg.batch_size * cfg.context)
+    if not steps:
+        raise UserError(f"--lm-tokens {cfg.tokens} do not fill one batch of {cfg.batch_size} windows of {cfg.context} tokens")
+    epoch_orders = [torch.randperm(len(windows_BT), generator=generator) for _ in range(-(-steps * cfg.batch_size // len(windows_BT)))]
+    order = torch.cat(epoch_orders)
+    first = run.restore(model=model, optimizer=optimizer)
+    bar = tqdm(range(first, steps), desc="lm", initial=first, total=steps)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min((step + 1) / cfg.warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        batch_BT = windows_BT[order[step * cfg.batch_size:(step + 1) * cfg.batch_size]].long().to(model.device)
+        loss = 0.0
+        for micro_BT in batch_BT.split(cfg.micro_batch):
+            with mixed_precision(model.device):      # the weights stay float32
+                part = next_token_loss(model, micro_BT) * len(micro_BT) / len(batch_BT)
+            part.backward()
+            loss += part.item()
+        check_finite(f"lm, step {step}", optimizer, loss=loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0 or step == steps - 1:
+            run.log(step=step, loss=loss)
+            bar.set_postfix(loss=f"{loss:.3f}")
+        run.checkpoint(step + 1, cfg.checkpoint_seconds, model=model, optimizer=optimizer)
+    return model
+
+
+@torch.no_grad()
+def evaluate_lm(args: argparse.Namespace, folder: Path, context: int) -> float | None:
+    """-> mean loss over all predicted tokens of --eval-corpus, in float32, with the weights as they were saved; None without one."""
+    if not args.eval_corpus:
+        return None
+    model = Pythia.from_pretrained(folder, dtype=torch.float32, device=args.device)
+    windows_BT = token_windows(read_texts(args.eval_corpus), Tokenizer.from_pretrained(folder), context)
+    losses = [next_token_loss(model, batch_BT.long().to(args.device)).double() * len(batch_BT)
+              for batch_BT in tqdm(windows_BT.split(16), desc="evaluate")]
+    return (sum(losses) / len(windows_BT)).item()
 
 
 # What compare and sweep do with runs.
@@ -593,12 +605,13 @@ class Run:
         if found.exists():
             if not resume:
                 raise UserError(f"{folder} holds a run already: go on with it by --resume, or choose another folder by --out or --tag")
-            changed = [key for key, value in (read_json(found) | config).items() if read_json(found).get(key) != value]
+            before = read_json(found)
+            changed = [key for key, value in (before | config).items() if before.get(key) != value]
             if changed:
                 raise UserError(f"{folder} was begun with another {', '.join(changed)}: give the same options, or another --out")
         write_json(found, config)
         self.saved = time.monotonic()
-        self.in_loop, self.stopped = False, 0
+        self.loop_begun, self.stopped = False, 0
         self.tokens_per_second = 0.0                 # of SAE training, which fills it in
 
     def log(self, **figures) -> None:
@@ -630,7 +643,7 @@ class Run:
 
     def restore(self, **parts) -> int:
         """-> how many steps are done, with `parts` and the log as they were then."""
-        self.in_loop = True
+        self.loop_begun = True
         log, path = self.folder / "metrics.jsonl", self.folder / "state.pt"
         if not path.exists():
             log.unlink(missing_ok=True)
@@ -644,7 +657,7 @@ class Run:
     def stop(self, signum: int, frame: object) -> None:
         """On Ctrl-C or SIGTERM: the training loop may end its step, and saves its state; after 10 s, or when asked twice, or where no loop
         has begun, stop at once (the alarm after 10 s comes back here). The state on the disk is whole at any instant."""
-        if self.stopped or not self.in_loop:
+        if self.stopped or not self.loop_begun:
             raise KeyboardInterrupt(self.stopped or signum)
         self.stopped = signum
         signal.alarm(10)
@@ -738,12 +751,8 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(number(part) for part in text.split(",") if part)
 
 
-def words(text: str) -> tuple[str, ...]:
-    """`a, b` -> ("a", "b")"""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-FIELD_TYPES = {bool: yes_or_no, float: number, tuple[float, ...]: numbers, tuple[str, ...]: words}          # argparse tells them by these names
+FIELD_TYPES = {bool: yes_or_no, float: number, tuple[float, ...]: numbers,               # argparse tells them by these names
+               tuple[str, ...]: lambda text: tuple(part.strip() for part in text.split(",") if part.strip())}
 
 
 def choose_device(args: argparse.Namespace) -> None:
@@ -856,7 +865,7 @@ def check_inputs(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> exit code: 0, or 2 with one line on stderr for what the user can mend."""
+    """-> exit code: 0; 2 with one line on stderr for what the user can mend; 128 + the signal that stopped it."""
     try:
         args = resolve(parse(sys.argv[1:] if argv is None else argv))
         whole = ["sae", "rlhf", "interpret"] if args.policy == "coef" else ["sae", "rlhf"]         # of the others there are no features to show
