@@ -1,6 +1,6 @@
 """Reward: preference pairs, a reward model trained on them (Bradley–Terry), and functions of text that serve as one.
 
-Dimension key: B batch   T tokens   D hidden size
+Dimension key: B batch   T tokens   R response tokens   D hidden size   N held-out pairs
 
 References:
     Bradley & Terry 1952; Christiano et al. 2017, arXiv:1706.03741; Ziegler et al. 2019, arXiv:1909.08593 (the head's init)
