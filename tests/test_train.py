@@ -235,14 +235,16 @@ def test_a_gpu_without_bfloat16_is_given_float32(monkeypatch):
 
 
 def test_sweep_trains_each_cell_once(tmp_path, monkeypatch):
+    sampled, sample_windows = [], train.sample_windows
     monkeypatch.setattr(train, "run_process", within)
-    options = [*few_prompts(tmp_path), "--interpret-features", "2", "--interpret-checks", "0",
+    monkeypatch.setattr(train, "sample_windows", lambda *about: sampled.append(about) or sample_windows(*about))
+    options = [*few_prompts(tmp_path), "--layer", "1", "--interpret-features", "2", "--interpret-checks", "0",
                "--stage", "sweep", "--sweep-objectives", "l1,topk", "--sweep-l0", "5", "--sweep-seeds", "1", "--sweep-kl", "0.001"]
     assert run(*options, out=tmp_path) == 0
     rows = read_json(tmp_path / "sweep" / "metrics.json")["cells"]
     assert [row["objective"] for row in rows] == ["l1", "topk"] and rows[1]["l0"] == pytest.approx(5, abs=0.5) and "gain at 0.001" in rows[0]
-    texts = [read_safetensors(tmp_path / f"sweep-{name}-5-0" / "sae" / "text.safetensors")["train"] for name in ("l1", "topk")]
-    assert texts[0].equal(texts[1])
+    texts = [read_safetensors(tmp_path / f"sweep-{name}-5-0" / "sae-1" / "text.safetensors")["train"] for name in ("l1", "topk")]
+    assert texts[0].equal(texts[1]) and len(sampled) == 1
     assert rows[0]["gain"] == pytest.approx(float(rows[0]["gain at 0.001"].split()[0]), abs=0.005)
     report = tmp_path / "sweep-l1-5-0" / "report" / "metrics.json"          # so short a training gains nothing: as if it had
     write_json(report, read_json(report) | {"carriers": 7})
