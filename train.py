@@ -372,7 +372,8 @@ def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokeni
 def find_text(run: "Run") -> Path | None:
     """-> the text that a run made before it was stopped, or that an SAE beside it (another layer's, or a sweep's) made with the same options."""
     out, same = run.folder.parent, [name for name in run.config if name in TEXT_DEPENDS or name.startswith("sha256 ")]
-    beside = sorted([*out.glob("sae*/text.safetensors"), *(out.parent.glob("sweep-*/sae*/text.safetensors") if out.name.startswith("sweep-") else ())])
+    sweep = out.parent.glob("sweep-*/sae*/text.safetensors") if out.name.startswith("sweep-") else ()
+    beside = sorted([*out.glob("sae*/text.safetensors"), *sweep])
     for found in (run.folder / "text.safetensors", *beside):
         config = found.with_name("config.json")
         if found.exists() and config.exists() and all(read_json(config).get(name) == run.config[name] for name in same):

@@ -4,6 +4,7 @@
     python tests/bench.py bow --corpus TRAIN.jsonl.gz --eval-corpus VAL.jsonl.gz --reward tiny-reward --half 1
     python tests/bench.py planted --objective l1,topk --seed 1
     python tests/bench.py explain --run runs/tiny/sae
+    python tests/bench.py busy --run runs/tiny/sae
     python tests/bench.py words --run runs/tiny/sae --rlhf runs/tiny/rlhf-coef-avoid --words assets/avoid.txt
 
 Run by hand on an idle machine; no test depends on them. A random model has the shape of a Pythia and is written as a checkpoint first, so
@@ -34,7 +35,7 @@ import ppo  # noqa: E402
 from interpret import as_sparse_as, class_means, explanation_score, logit_effect  # noqa: E402
 from pythia import Pythia, PythiaConfig, Tokenizer, pad, read_json, read_rows, read_safetensors, write_json, write_safetensors  # noqa: E402
 from reward import RewardModel, encode_pairs, pairs_from_labels, window  # noqa: E402
-from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, load_sae, mlp_rows, mmcs, train_sae  # noqa: E402
+from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, load_sae, mlp_rows, mmcs, random_dictionary, train_sae  # noqa: E402
 
 # name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed
 SHAPES = {"trl": (4, 192, 6, 4096), "14m": (6, 128, 4, 50304), "70m": (6, 512, 8, 50304), "160m": (12, 768, 12, 50304),
@@ -515,9 +516,28 @@ def words(args: argparse.Namespace) -> None:
         print(json.dumps({"feature": i, "coef": round(coef_F[i].item(), 2), "push": round(push_F[i].item(), 1), "promotes": most}, ensure_ascii=False))
 
 
+def busy(args: argparse.Namespace) -> None:
+    """How are a dictionary's active features spread over tokens? Of the SAE of --run, and of the random dictionary of --policy random_rates,
+    whose directions are each as often active as a feature: quantiles of the number active at a token of held-out text, and the 12 tokens that
+    are most often among the busiest twentieth, with how often they are in the text."""
+    cfg, text = read_json(args.run / "config.json"), read_safetensors(args.run / "text.safetensors")["heldout"]
+    model, tokenizer, layer = Pythia.from_pretrained(cfg["model"], dtype=torch.float32), Tokenizer.from_pretrained(cfg["model"]), int(cfg["layers"].strip("[]"))
+    trained = load_sae(args.run, model=model, model_name=args.model, layer=layer)
+    like = random_dictionary(trained, torch.Generator().manual_seed(args.seed), mlp_rows(model, layer, text[:64]).float())        # as --stage rlhf
+    ids_N = text[64:, 1:].flatten().long()
+    total_V = torch.bincount(ids_N, minlength=model.cfg.vocab_size)
+    for name, dictionary in (("sae", trained), ("random_rates", like)):
+        active_N = torch.cat([(dictionary.encode(x_ND) > 0).sum(1) for x_ND in mlp_rows(model, layer, text[64:]).float().split(2048)])
+        among_V = torch.bincount(ids_N[active_N.argsort(descending=True)[:len(ids_N) // 20]], minlength=len(total_V))
+        quantiles = {f"q{100 * q:g}": round(active_N.float().quantile(q).item()) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+        most = [f"{tokenizer.decode([i])} {among_V[i]}/{total_V[i]}" for i in among_V.topk(12).indices.tolist()]
+        print(json.dumps({"bench": "busy", "run": args.run.name, "dictionary": name, "layer": layer, "mean": round(active_N.float().mean().item(), 1),
+                          **quantiles, "max": active_N.max().item(), "busiest": most}, ensure_ascii=False))
+
+
 def main() -> None:
     benches = {"load": bench_load, "trunk": bench_trunk, "prefill": bench_prefill, "generate": bench_generate, "sae": bench_sae,
-               "ppo": bench_ppo, "update": bench_update, "bow": bow, "planted": planted, "explain": explain, "words": words, "write": lambda args: random_checkpoint(
+               "ppo": bench_ppo, "update": bench_update, "bow": bow, "planted": planted, "explain": explain, "words": words, "busy": busy, "write": lambda args: random_checkpoint(
                    args.model.removesuffix("-random"), args.cache / args.model)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
