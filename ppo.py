@@ -726,10 +726,10 @@ def keep_few(policy: EditPolicy, prompts: Prompts, cfg: PPOConfig, generator: to
     learned_N = sum(grads[name] @ step for name, step in moved.items())                        # s·δ of all that was learned
     candidates = [name for name in numbers if ".vector_" not in name]
     grad_NK = torch.cat([grads[name] for name in candidates], 1)
-    chosen, step_C = forward_selection(grad_NK, grad_NK.T @ learned_N / len(learned_N), cfg.keep)
+    chosen_C, step_C = forward_selection(grad_NK, grad_NK.T @ learned_N / len(learned_N), cfg.keep)
     sizes, zeros_K = [numbers[name].numel() for name in candidates], torch.zeros_like(grad_NK[0])
-    steps = dict(zip(candidates, zeros_K.index_copy(0, chosen, step_C).split(sizes)))
-    kept = dict(zip(candidates, zeros_K.index_fill(0, chosen, 1.0).split(sizes)))
+    steps = dict(zip(candidates, zeros_K.index_copy(0, chosen_C, step_C).split(sizes)))
+    kept = dict(zip(candidates, zeros_K.index_fill(0, chosen_C, 1.0).split(sizes)))
     policy.load_state_dict({name: p + steps.get(name, 0.0) for name, p in start.items()})
     return {name: kept.get(name, torch.zeros_like(p)) for name, p in start.items()}
 
@@ -764,15 +764,14 @@ def forward_selection(grad_NK: Tensor, target_K: Tensor, number: int, ridge: flo
     """
     N, rms_K = len(grad_NK), grad_NK.square().mean(0).sqrt().clamp(min=1e-8)
     grad_NK, target_K = grad_NK / rms_K, target_K / rms_K
-    chosen, residual_K = [], target_K.abs()
+    chosen_C, residual_K = [], target_K.abs()        # C: those chosen so far
     for _ in range(min(number, len(residual_K))):
-        chosen.append(int(residual_K.argmax()))
-        some_NC = grad_NK[:, chosen]                # C: those chosen so far
-        step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen), device=some_NC.device), target_K[chosen])
+        chosen_C.append(int(residual_K.argmax()))
+        some_NC = grad_NK[:, chosen_C]
+        step_C = torch.linalg.solve(some_NC.T @ some_NC / N + ridge * torch.eye(len(chosen_C), device=some_NC.device), target_K[chosen_C])
         residual_K = (target_K - grad_NK.T @ (some_NC @ step_C) / N).abs()
-        residual_K[chosen] = -1.0
-    chosen = torch.tensor(chosen, device=residual_K.device)
-    return chosen, step_C / rms_K[chosen]
+        residual_K[chosen_C] = -1.0
+    return torch.tensor(chosen_C, device=residual_K.device), step_C / rms_K[chosen_C]
 
 
 # --------------------------------------------------------------------------------------------------------------- evaluation
