@@ -5,6 +5,7 @@
     python tests/bench.py planted --objective l1,topk --seed 1
     python tests/bench.py explain --run runs/tiny/sae
     python tests/bench.py busy --run runs/tiny/sae
+    python tests/bench.py cross --run runs/tiny/sae-1
     python tests/bench.py words --run runs/tiny/sae --rlhf runs/tiny/rlhf-coef-avoid --words assets/avoid.txt
 
 Run by hand on an idle machine; no test depends on them. A random model has the shape of a Pythia and is written as a checkpoint first, so
@@ -35,7 +36,7 @@ import ppo  # noqa: E402
 from interpret import as_sparse_as, class_means, explanation_score, logit_effect  # noqa: E402
 from pythia import Pythia, PythiaConfig, Tokenizer, pad, read_json, read_rows, read_safetensors, write_json, write_safetensors  # noqa: E402
 from reward import RewardModel, encode_pairs, pairs_from_labels, window  # noqa: E402
-from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, load_sae, mlp_rows, mmcs, random_dictionary, train_sae  # noqa: E402
+from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, evaluate_sae, load_sae, mlp_rows, mmcs, random_dictionary, train_sae  # noqa: E402
 
 # name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed
 SHAPES = {"trl": (4, 192, 6, 4096), "14m": (6, 128, 4, 50304), "70m": (6, 512, 8, 50304), "160m": (12, 768, 12, 50304),
@@ -535,9 +536,28 @@ def busy(args: argparse.Namespace) -> None:
                           **quantiles, "max": active_N.max().item(), "busiest": most}, ensure_ascii=False))
 
 
+@torch.no_grad()
+def cross(args: argparse.Namespace) -> None:
+    """What makes random directions better or worse handles than an SAE's features: when they are on, or where they push? Write two SAEs that
+    take one from each: in OUT-when (beside the run folder OUT that holds --run) the activations are random_rates' and the vectors the SAE's,
+    in OUT-where the other way round; `train.py --stage rlhf --out OUT-when` trains coefficients on them."""
+    cfg, text = read_json(args.run / "config.json"), read_safetensors(args.run / "text.safetensors")["heldout"]
+    model, layer = Pythia.from_pretrained(cfg["model"], dtype=torch.float32), int(cfg["layers"].strip("[]"))
+    trained = load_sae(args.run, model=model, model_name=cfg["model"], layer=layer)
+    like = random_dictionary(trained, torch.Generator().manual_seed(args.seed), mlp_rows(model, layer, text[:64]).float())        # as --stage rlhf
+    for name, activations, vectors in (("when", like, trained), ("where", trained, like)):
+        mixed = copy.deepcopy(activations)
+        mixed.W_dec_FD.copy_(vectors.W_dec_FD)
+        folder = args.run.parent.with_name(f"{args.run.parent.name}-{name}") / args.run.name
+        mixed.save(folder, model_name=cfg["model"], layer=layer, context=text.shape[1])
+        figures = evaluate_sae(model, layer, mixed, text[64:])
+        write_json(folder / "metrics.json", figures)                 # so that it counts as finished
+        print(json.dumps({"bench": "cross", "folder": str(folder), "l0": figures["l0"], "l1": figures["l1"]}))
+
+
 def main() -> None:
     benches = {"load": bench_load, "trunk": bench_trunk, "prefill": bench_prefill, "generate": bench_generate, "sae": bench_sae,
-               "ppo": bench_ppo, "update": bench_update, "bow": bow, "planted": planted, "explain": explain, "words": words, "busy": busy, "write": lambda args: random_checkpoint(
+               "ppo": bench_ppo, "update": bench_update, "bow": bow, "planted": planted, "explain": explain, "words": words, "busy": busy, "cross": cross, "write": lambda args: random_checkpoint(
                    args.model.removesuffix("-random"), args.cache / args.model)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

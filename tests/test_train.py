@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -555,3 +556,13 @@ def test_readme_links_point_at_what_they_name():
     for name, file, line in links:
         text = (ROOT / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"(def|class) {name}\b|{name} =|    def {name}\b", text), f"{file}#L{line} is {text!r}, not {name}"
+
+
+def test_the_readme_s_example_as_a_library_runs_as_written(capsys):
+    example = (ROOT / "README.md").read_text().split("**As a library**")[1].split("\n\n")[1]
+    names: dict = {}
+    exec(textwrap.dedent(example), names)
+    assert names["mlp_BTD"].shape == (*names["tokens_BT"].shape, 256)
+    ablated_BTV = names["logits_BTV"]
+    assert ablated_BTV.shape == (*names["tokens_BT"].shape, 4096) and not torch.equal(ablated_BTV, names["model"](names["tokens_BT"]))
+    assert "This film is" in capsys.readouterr().out
