@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ppo
-from ppo import EditPolicy, Evaluated, Evaluation, by_prompt
+from ppo import EditPolicy, Evaluated, Evaluation, by_prompt, spread
 from pythia import END_OF_TEXT, Pythia, Tokenizer, UserError, check_positive, read_json, read_rows, write_json, write_whole
 from report import render_report
 from sae import SAE, mlp_rows
@@ -379,7 +379,7 @@ def causal_effects(policy: EditPolicy, evaluation: Evaluation, cfg: InterpretCon
     Listed are the features with the largest gradient × move on the *reference's* samples, so that this choice does not flatter what
     is measured on the policy's.
     """
-    unit, learned = evaluation.reference.scores_B.std().clamp(min=1e-6), {name: p.clone() for name, p in policy.state_dict().items()}
+    unit, learned = spread(evaluation.reference.scores_B), {name: p.clone() for name, p in policy.state_dict().items()}
     start = policy.part_way(0.0)
     sampled = evaluation.samples(policy.model, policy.edits)
     before = Samples(policy, evaluation, evaluation.reference, -(-cfg.effect_samples // 2), unit, sampled_by_reference=True)

@@ -128,7 +128,8 @@ class FeatureScale(Edit):
 
     def gradients(self, features_BTF: Tensor, gradient_BTD: Tensor) -> dict[str, Tensor]:
         """A gradient by the change -> that by coef_F, bias_F and vector_D, episode by episode, (B, …): for `keep_few` alone."""
-        along_BTF = gradient_BTD.to(self.sae.W_dec_FD.dtype) @ self.sae.W_dec_FD.T
+        gradient_BTD = gradient_BTD.to(self.sae.W_dec_FD.dtype)
+        along_BTF = gradient_BTD @ self.sae.W_dec_FD.T
         found = {"coef_F": (along_BTF * features_BTF).sum(1), "bias_F": along_BTF.sum(1), "vector_D": gradient_BTD.sum(1)}
         return {name: found[name] for name, _ in self.named_parameters(recurse=False)}
 
@@ -700,10 +701,16 @@ class Standardize(NamedTuple):
         drawn = prompts.draw(256, 1, generator)
         tokens_BT, mask_BT = respond(policy.reference, None, *drawn, prompts.end_of_text, cfg, generator)
         scores_B = score_in_batches(score_fn, tokens_BT, mask_BT, cfg.micro_batch)
-        return cls(scores_B.mean().item(), max(scores_B.std().item(), 1e-6))
+        return cls(scores_B.mean().item(), spread(scores_B).item())
 
     def __call__(self, scores: Tensor) -> Tensor:
         return (scores - self.mean) / self.std
+
+
+def spread(scores_B: Tensor) -> Tensor:
+    """-> their standard deviation; 1 where all are equal, as by a rare word to avoid, so that the score keeps its own units."""
+    std = scores_B.std()
+    return torch.where(std > 1e-6, std, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ few numbers
@@ -822,7 +829,7 @@ class Evaluation:
                  for rows in slices(len(prompt_BT), self.cfg.generate_batch))
         rollout = join([part._replace(trunk=None) for part in parts])
         sampled, mask_BR, kl_B = self.scored(rollout.tokens_BT, rollout.mask_BT), rollout.mask_BR, rollout.kl_BR.sum(1)
-        rise_B, std = sampled.scores_B - self.reference.scores_B, self.reference.scores_B.std().clamp(min=1e-6)
+        rise_B, std = sampled.scores_B - self.reference.scores_B, spread(self.reference.scores_B)
         return sampled._replace(figures={
             "score_ref": self.reference.scores_B.mean().item(), "score_ref_std": std.item(), "score_policy": sampled.scores_B.mean().item(),
             **self.mean_and_error("score_gain_std", rise_B / std), **self.mean_and_error("reward_loss", -F.logsigmoid(rise_B)),
@@ -845,7 +852,7 @@ class Evaluation:
     def gain_by(self, score_fn: ScoreFn, sampled: Evaluated, name: str) -> dict:
         """-> the gain of the same samples by another score function, in its own standard deviations on the reference's samples."""
         before_B, after_B = (score_in_batches(score_fn, s.tokens_BT, s.mask_BT, self.cfg.micro_batch) for s in (self.reference, sampled))
-        return self.mean_and_error(f"{name}_gain_std", (after_B - before_B) / before_B.std().clamp(min=1e-6))
+        return self.mean_and_error(f"{name}_gain_std", (after_B - before_B) / spread(before_B))
 
     def mean_and_error(self, name: str, x_B: Tensor) -> dict[str, float]:
         """-> mean and its standard error over prompts."""

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import Pythia, UserError, check_finite, check_positive, load_state, read_json, read_safetensors, reading, write_json, write_safetensors
+from pythia import (Pythia, UserError, check_finite, check_positive, load_state, multiplies_bfloat16, read_json, read_safetensors, reading,
+                    write_json, write_safetensors)
 
 if TYPE_CHECKING:
     from train import Run
@@ -403,7 +404,8 @@ class SAETrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["times"] * cfg.lr * min(1.0, (step + 1) / max(1, 0.02 * self.steps), (1 - done) / 0.3)
         l1_coef = self.l1_coef * min(1.0, done / max(cfg.l1_warmup, 1e-9))
-        with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):     # parameters and loss stay float32
+        on_gpu = x_ND.is_cuda and multiplies_bfloat16(x_ND.device)
+        with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=on_gpu):           # parameters and loss stay float32
             pre_NF = sae.pre(x_ND).float()
             features_NF = objective.activation(sae, pre_NF, cfg.l0)
             reconstruction_ND = active_product(features_NF, sae.W_dec_FD) + sae.b_dec_D if self.few_active() else sae.decode(features_NF)
@@ -453,7 +455,7 @@ class SAETrainer:
         """Move log l1_coef in proportion to log(L0 / target), clipped to ±1 (an integral controller). The target falls to the stated one
         geometrically, over a share of the run: features that are pressed to it at once die before they have learned a direction."""
         self.mean_l0 = l0 if self.mean_l0 is None else 0.9 * self.mean_l0 + 0.1 * l0
-        if self.cfg.l0 and done >= self.cfg.l1_warmup:
+        if self.objective.penalty and self.cfg.l0 and done >= self.cfg.l1_warmup:
             start, left = self.sae.num_features / 2, max(0.0, 1 - done / max(self.cfg.l0_path, 1e-9))
             error = math.log(max(self.mean_l0, 1e-3) / self.cfg.l0) - left * math.log(start / self.cfg.l0)
             self.l1_coef *= math.exp(self.cfg.l0_rate * max(-1.0, min(1.0, error)))
@@ -626,7 +628,7 @@ def spliced_loss(model: Pythia, layer: int, tokens_BT: Tensor, replace: Callable
 def random_dictionary(like: SAE, generator: torch.Generator, x_ND: Tensor | None = None, l0: float = 0) -> SAE:
     """-> a control: as many random unit vectors as `like` has features; f_i is the projection of x − b_dec on vector i, where it is active. With
     l0, those are a token's round(l0) largest, at least one; with rows x_ND, float32, those above a threshold for each i, at least 0, set so
-    that f_i is active on as many of these rows as `like`'s feature i."""
+    that f_i is active on as many of these rows as `like`'s feature i, to within a row."""
     sae = SAE(*like.W_enc_DF.shape, generator, k=max(1, round(l0)) if x_ND is None else 0).to(like.W_dec_FD.device)
     sae.W_enc_DF.copy_(sae.W_dec_FD.T)
     sae.b_dec_D.copy_(like.b_dec_D)
@@ -682,12 +684,12 @@ def assemble(file: Path, description: Path, tensors: dict[str, Tensor], model: P
     sae = SAE(d_in, num_features, k=k or 0).requires_grad_(False)
     for name, suffix in (("W_enc", "DF"), ("W_dec", "FD"), ("b_enc", "F"), ("b_dec", "D")):
         sae.get_parameter(f"{name}_{suffix}").copy_(found[name])
-    if not subtracts:
-        sae.b_enc_F += sae.b_dec_D @ sae.W_enc_DF
     if "r_mag" in found:
         sae.fold_gate(found["r_mag"].float(), found["b_mag"].float())
     elif "threshold" in found:
         sae.threshold_F = nn.Parameter(found["threshold"].float().clamp(min=0))
+    if not subtracts:                                # after the gate is folded, which gives b_enc its final value
+        sae.b_enc_F += sae.b_dec_D @ sae.W_enc_DF
     if cfg.get("rescale_acts_by_decoder_norm"):
         sae.rescale(sae.W_dec_FD.norm(dim=-1))
     return sae

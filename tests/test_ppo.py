@@ -235,8 +235,9 @@ def test_keep_few_keeps_what_moved(layers):
     assert all(torch.equal(p, start[name]) for name, p in numbers.items())
 
 
-def test_keep_leaves_all_others_exactly_where_they_were(tmp_path):
-    policy, run = random_policy("coef", random_model(), (1, 2), "scale+bias", moved=False, keep=5), Run(tmp_path, {}, resume=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])           # of the model; what is learned is float32
+def test_keep_leaves_all_others_exactly_where_they_were(tmp_path, dtype):
+    policy, run = random_policy("coef", random_model(dtype), (1, 2), "scale+bias", moved=False, keep=5), Run(tmp_path, {}, resume=False)
     train_ppo(policy, prompts(), lambda tokens_BT, mask_BT: (tokens_BT % 2.0).mean(1), replace(CFG, keep=5, keep_rollouts=2), run, torch.Generator().manual_seed(0))
     changed = [row["n_changed"] for row in run.rows()]
     assert 1 <= policy.n_changed() <= 5 and changed[3] <= 5 < changed[2]                 # one that was chosen may be silent from then on
@@ -460,6 +461,17 @@ def test_evaluation_of_a_constant_score_is_finite():
     model = random_model()
     evaluation = Evaluation(model, prompts(), lambda tokens_BT, mask_BT: torch.zeros(len(tokens_BT)), CFG, seed=5)
     assert evaluation(random_policy("coef", model)).figures["score_gain_std"] == 0
+
+
+def test_a_score_that_the_reference_never_earns_keeps_its_own_units():
+    """A rare word to avoid: divided by a deviation of almost 0, its first hit would outweigh the KL penalty a million times."""
+    standardize = Standardize.by_reference(random_policy("coef", random_model()), prompts(), lambda tokens_BT, mask_BT: torch.full((len(tokens_BT),), 3.0),
+                                           CFG, torch.Generator().manual_seed(0))
+    assert standardize(torch.tensor([3.0, 2.0])).tolist() == [0.0, -1.0]
+    evaluation = Evaluation(random_model(), prompts(), lambda tokens_BT, mask_BT: torch.zeros(len(tokens_BT)), CFG, seed=5)
+    evaluation.score_fn = lambda tokens_BT, mask_BT: torch.full((len(tokens_BT),), -2.0)
+    assert evaluation(random_policy("coef", random_model())).figures["score_gain_std"] == -2
+    assert evaluation.gain_by(sevens, evaluation.reference, "gold")["gold_gain_std"] == 0
 
 
 def test_micro_batches_only_save_memory():

@@ -1,6 +1,7 @@
 """sae.py against its formulas in numpy, and on autoencoders whose figures are known without measuring."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from bench import NoRun, PlantedRows
 from conftest import CONFIG, complaint, killed_and_resumed, random_model, random_tokens
-from pythia import read_safetensors, write_json, write_safetensors
+from pythia import read_json, read_safetensors, write_json, write_safetensors
 from sae import (BANDWIDTH, OBJECTIVES, SAE, ActivationBuffer, Pass, SAEConfig, SAETrainer, active, auxk, evaluate_sae, gate_error,
                  jumprelu, load_sae, mlp_rows, mmcs, normalize_decoder, random_dictionary, read_sae, refit_decoder, remove_radial_gradient, resample_dead,
                  train_sae)
@@ -112,6 +113,17 @@ def test_other_libraries_files_encode_as_those_libraries_do(folder):
     if "sparsify" not in str(folder):                            # whose files do not name the model
         assert "pythia-test" in complaint(load_sae, GOLDEN / folder, model=model, model_name="EleutherAI/pythia-70m", layer=1)
     assert "width 8" in complaint(load_sae, GOLDEN / folder, model=random_model(), **PLACE)
+
+
+def test_a_gated_sae_that_does_not_subtract_b_dec(tmp_path):
+    """SAELens's formula, by hand: its own files in golden/ all subtract."""
+    folder = shutil.copytree(GOLDEN / "saelens-Gated", tmp_path / "sae")
+    write_json(folder / "cfg.json", read_json(folder / "cfg.json") | {"apply_b_dec_to_input": False})
+    found, x_ND = read_safetensors(folder / "sae_weights.safetensors"), read_safetensors(folder / "golden.safetensors")["x"]
+    gate_NF = x_ND @ found["W_enc"] + found["b_gate"] > 0
+    wanted_NF = gate_NF * torch.relu(x_ND @ (found["W_enc"] * found["r_mag"].exp()) + found["b_mag"])
+    assert 0 < wanted_NF.count_nonzero() < wanted_NF.numel()
+    torch.testing.assert_close(load_sae(folder, model=small_model(), **PLACE).encode(x_ND), wanted_NF, atol=1e-5, rtol=0)
 
 
 def test_single_pt_files_load(tmp_path):
@@ -444,8 +456,10 @@ def test_objective_reaches_its_l0_target(name):
     rows = PlantedRows(4096, generator, directions=48, d_in=24, active=3)
     cfg = SAEConfig(num_features=48, objective=name, l0=4.0, tokens=64 * 700, batch_size=64, lr=5e-3, resample_rows=512,
                     **({"l0_rate": 0.01, "l1_coef": 0.1} if name == "jumprelu" else {"l0_rate": 0.02}))
-    sae = train_sae(rows, cfg, NoRun(), generator)
+    sae = train_sae(rows, cfg, run := NoRun(), generator)
     l0, x_ND = (sae.encode(rows.rows_ND) > 0).sum().item() / 4096, rows.rows_ND
+    steered = len({line["l1_coef"] for line in run.lines if line["step"] > 100}) > 1
+    assert steered == (OBJECTIVES[name].penalty is not None)
     assert l0 == pytest.approx(4.0, rel=0.2) and (x_ND - sae(x_ND)).square().sum() < 0.5 * (x_ND - x_ND.mean(0)).square().sum()
 
 
