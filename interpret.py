@@ -116,8 +116,8 @@ def quantile_contexts(activations_BT: Tensor, tokens_BT: Tensor, tokenizer: Toke
 @torch.no_grad()
 def logit_effect(model: Pythia, direction_GD: Tensor) -> Tensor:
     """-> effect_GV: how much one unit of each direction, added to the final residual stream, moves each token's logit against the mean logit,
-    to first order, multiplied by the standard deviation that the final layer norm divides by, the same for all of the vocabulary. The direct
-    path only: layers in between are passed by."""
+    multiplied by the standard deviation that the final layer norm divides by, which is held fixed. The direct path only: layers in between are
+    passed by."""
     weight_D = model.gpt_neox.final_layer_norm.weight.float()
     direction_GD = direction_GD.float() - direction_GD.float().mean(-1, keepdim=True)          # the layer norm takes the mean out
     effect_GV = (direction_GD * weight_D) @ model.embed_out.weight.float().T
@@ -288,9 +288,10 @@ class Samples:
         (w_R − 1) S − Σₜ (wₜ − wₜ₋₁) Vₜ
 
     Importance weighting, not self-normalised, with a control variate: each term of the sum has mean 0, whatever Vₜ is, as long as it depends
-    on nothing but the text before token t. Here Vₜ = aₜ + bₜ xₜ, fitted to these samples by least squares; xₜ is the score of that text or,
-    where the reward cannot be asked for it, the mean score of the prompt's other samples. The same Vₜ is the baseline of the score-function
-    gradient ∇J = E Σₜ (S − Vₜ) ∇ log π(token t), which is the estimate above to first order. Scores are in `unit`s.
+    on nothing but the text before token t. Here Vₜ = aₜ + bₜ xₜ, fitted to these samples by least squares (which costs a bias of order
+    1/prompts); xₜ is the score of that text or, where the reward cannot be asked for it, the mean score of the prompt's other samples. The same
+    Vₜ is the baseline of the score-function gradient ∇J = E Σₜ (S − Vₜ) ∇ log π(token t), which is the estimate above to first order. Scores
+    are in `unit`s.
     """
 
     def __init__(self, policy: EditPolicy, evaluation: Evaluation, sampled: Evaluated, per_prompt: int, unit: Tensor,

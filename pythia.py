@@ -753,7 +753,8 @@ class CheckpointFiles:
     def __init__(self, name_or_folder: str | Path, revision: str = "main"):
         self.name, self.revision = str(name_or_folder), revision
         assets = Path(__file__).parent / "assets"
-        self.folder = next((path for path in (Path(self.name), assets / self.name) if os.path.isdir(path)), None)
+        folders = [path for path in (Path(self.name), assets / self.name) if os.path.isdir(path)]
+        self.folder = next((path for path in folders if os.path.isfile(path / "config.json")), folders[0] if folders else None)
         self.repo = f"EleutherAI/{self.name}" if self.name.startswith("pythia-") else self.name
         if self.folder is None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.repo, re.ASCII):
             names = ", ".join(sorted(path.parent.name for path in assets.glob("*/config.json")))

@@ -155,7 +155,7 @@ def tokens(pairs: list, form: str = "") -> str:
 def answer_html(report: dict) -> str:
     """The question, the answer in three figures, the frontier, the runs side by side."""
     rlhf, causal = report["rlhf"], report["causal"]
-    bias = ", and another, the bias b that adds its vector to every token (0: as it was)" if any(card["bias"] for card in report["features"]) else ""
+    bias = ", and another, the bias b that adds its vector to every token (0: as it was)" if report["config"].get("edit") == "scale+bias" else ""
     gold = f"; {show(rlhf['gold_gain_std'], '+.2f')} by a reward model that training never saw" if "gold_gain_std" in rlhf else ""
     runs = []
     for run in report["runs"]:

@@ -8,6 +8,7 @@ References:
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,13 +291,15 @@ class TextReward:
 
 
 def avoid_words(path: str | Path) -> Callable[[list[str]], list[float]]:
-    """-> a function of texts: minus the number of listed words in each (whole words, any case). The file has a word or phrase a line."""
+    """-> a function of texts: minus the number of listed words in each (whole words, any case; none in two at once, the longest first). The
+    file has a word or phrase a line."""
     with reading(path, "not readable as a list of words"):
-        words = sorted(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())), key=len, reverse=True)
+        text = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8-sig"))
+    words = sorted(filter(None, map(str.strip, text.splitlines())), key=len, reverse=True)
     if not words:
         raise UserError(f"{path}: lists no word")
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
-    return lambda texts: [-float(len(pattern.findall(text))) for text in texts]
+    return lambda texts: [float(-len(pattern.findall(text))) for text in texts]
 
 
 class ThroughText:

@@ -64,7 +64,8 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     model, tokenizer = load_model(args)
     saes = load_saes(args, model) if args.policy in ppo.NEED_SAE else {}
     policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit, args.seed)
-    score_fn, gold_fn = (reward.load_reward(name, tokenizer, args.dtype, args.device) if name else None for name in (args.reward, args.gold))
+    score_fn = reward.load_reward(required(args.reward, "--reward"), tokenizer, args.dtype, args.device)
+    gold_fn = reward.load_reward(args.gold, tokenizer, args.dtype, args.device) if args.gold else None
     prompts, eval_prompts = load_prompts(args.prompts, model, tokenizer, cfg), load_prompts(args.eval_prompts, model, tokenizer, cfg, cfg.eval_size)
     evaluation = ppo.Evaluation(model, eval_prompts, score_fn, cfg, seed=1_000_000 + args.seed)
     ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(args.seed))
@@ -91,16 +92,13 @@ def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, ru
     """What RLHF changed, feature by feature, and what each of them does to the reward: one page. With no RLHF run yet, a page on the SAE."""
     model, tokenizer = load_model(args)
     learned, figures = finished_coefs(args)          # nothing where there is no run yet
-    # The layers that the run edited, whatever --layer says.
-    args = argparse.Namespace(**vars(args) | {"layers": sorted({int(name.split(".")[0]) for name in learned}) or args.layers})
     saes, folders = load_saes(args, model), {layer: sae_folder(args, layer) for layer in args.layers}
     texts = {layer: read_safetensors(path / "text.safetensors")["heldout"] for layer, path in folders.items()}
     folder = folder_of(args, "rlhf")
     config = read_json((folder if learned else folders[args.layers[0]]) / "config.json")
     causal, commands = None, [command_line(args, "sae", read_json(path / "config.json")) for path in folders.values()]
     if learned:
-        if not inputs(args, "rlhf").items() <= config.items():
-            raise UserError(f"{folder}: its coefficients were learned on another SAE than lies in {args.out} now: train them again, with a --tag")
+        check_unchanged(args, folder, config)
         policy, evaluation = learned_policy(args, cfg, model, tokenizer, saes, learned, config)
         causal = interpret.causal_effects(policy, evaluation, cfg)
         commands.append(command_line(args, "rlhf", config))
@@ -144,12 +142,14 @@ def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: "Run") -> d
     run again. Gains are read off at equal KL, with 95 % bootstrap intervals over seeds and prompts; the first is compared with each of the
     others seed by seed and prompt by prompt."""
     names = cfg.names()
-    cells = {name: [variant(args, ["--policy", *name.split(), "--seed", str(seed)], [*name.split()[1:], args.tag, f"seed{seed}"])
+    cells = {name: [variant(args, ["--policy", *shlex.split(name), "--seed", str(seed)], [*name.split()[1:], args.tag, f"seed{seed}"])
                     for seed in range(cfg.seeds)] for name in names}
+    folders = {name: [folder_of(cell, "rlhf") for cell in cells[name]] for name in names}
+    if len({folder for some in folders.values() for folder in some}) < len(names) * cfg.seeds:
+        raise UserError("--compare-runs: two of them would share a folder, in whose name .2 is 2, and 2e+3 is 2e-3: write one otherwise")
     for seed in range(cfg.seeds):                    # so that an early end leaves as many of each
         for name in names:
             run_if_unfinished(cells[name][seed], "rlhf")
-    folders = {name: [folder_of(cell, "rlhf") for cell in cells[name]] for name in names}
     gains = {name: ppo.gains_at_kls([evaluations(folder) for folder in folders[name]], cfg.kls) for name in names}      # (value, bootstrap samples)
     figures = {name: means([read_json(folder / "metrics.json") for folder in folders[name]]) for name in names}
     rows = [{"run": name} | intervals("gain at", cfg.kls, *gains[name]) | figures[name] for name in names]
@@ -182,10 +182,11 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
     if len(args.layers) > 1:
         raise UserError("--stage sweep lays SAEs of one layer side by side: give one --layer")
     stages = ["sae"] + ["rlhf"] * cfg.rlhf + ["interpret"] * (cfg.rlhf and args.policy == "coef")
+    variants = {(objective, l0): [variant(args, ["--sae-objective", objective, "--sae-l0", f"{l0:g}", "--seed", str(seed), "--out",
+                                                 f"{args.out}/sweep-{objective}-{l0:g}-{seed}"], [args.tag]) for seed in range(cfg.seeds)]
+                for objective, l0 in itertools.product(cfg.objectives, cfg.l0)}          # all, so that a wrong one is told before the first is run
     rows = []
-    for objective, l0 in itertools.product(cfg.objectives, cfg.l0):
-        cells = [variant(args, ["--sae-objective", objective, "--sae-l0", f"{l0:g}", "--seed", str(seed), "--out",
-                                f"{args.out}/sweep-{objective}-{l0:g}-{seed}"], [args.tag]) for seed in range(cfg.seeds)]
+    for (objective, l0), cells in variants.items():
         for cell, stage in itertools.product(cells, stages):
             run_if_unfinished(cell, stage)
         measured = [read_json(folder_of(cell, "sae") / "metrics.json") for cell in cells]
@@ -218,7 +219,7 @@ def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: "Run")
     trained = reward.RewardModel.from_pretrained(run.folder / "model", dtype=torch.float32, device=args.device)     # as it was saved
     heldout_ids = reward.encode_pairs(heldout, tokenizer)
     figures = {"pairs": len(pairs), "heldout_pairs": len(heldout)}
-    for suffix, length in (("", cfg.max_tokens), ("_32", 32))[:2 if labelled else 1]:      # 32 tokens: the length that RLHF scores
+    for suffix, length in (("", cfg.max_tokens), ("_32", 32))[:2 if labelled else 1]:      # 32 tokens: about what RLHF scores
         cut = reward.window if labelled else reward.keep_end                              # as in training
         measured = reward.evaluate_reward(trained, [tuple(cut(ids, length) for ids in pair) for pair in heldout_ids])
         figures |= {key + suffix: value for key, value in measured.items()}
@@ -296,8 +297,16 @@ def sae_folder(args: argparse.Namespace, layer: int) -> Path:
 
 
 def missing_saes(args: argparse.Namespace) -> list[int]:
-    """-> those of --layer for which the run folder holds no finished SAE."""
-    return [layer for layer in args.layers if not (sae_folder(args, layer) / "metrics.json").exists()]
+    """-> those of --layer for which the run folder holds no finished SAE; UserError where it holds one that was made with other --sae-… options
+    than this command gives."""
+    given = {word.partition("=")[0].removeprefix("--sae-").replace("-", "_") for word in args.argv if word.startswith("--sae-")}
+    wanted = json.loads(json.dumps(dataclasses.asdict(args.configs["sae"])))
+    finished = [layer for layer in args.layers if (sae_folder(args, layer) / "metrics.json").exists()]
+    for folder in (sae_folder(args, layer) for layer in finished):
+        config = read_json(folder / "config.json")
+        if changed := sorted(name for name in given if config.get(name, wanted[name]) != wanted[name]):
+            raise UserError(f"{folder} was made with another {', '.join(changed)}: leave the option out to take it, or choose another --out")
+    return [layer for layer in args.layers if layer not in finished]
 
 
 def load_saes(args: argparse.Namespace, model: Pythia) -> dict[int, sae.SAE]:
@@ -386,7 +395,7 @@ def read_texts(path: str | Path) -> list[str]:
     path = Path(path)
     if path.suffix == ".txt":
         with reading(path, "not readable as UTF-8 text"):
-            texts = [path.read_text(encoding="utf-8")]
+            texts = [path.read_text(encoding="utf-8-sig")]
     else:
         texts = [row.get("text") for row in read_rows(path)]
         if not all(isinstance(text, str) for text in texts):
@@ -438,7 +447,7 @@ def read_prompts(path: str) -> list[str]:
     if path.endswith((".jsonl", ".jsonl.gz")):
         return list(dict.fromkeys(pair.prompt for pair in reward.load_preferences(path)[0]))
     with reading(path, "not readable as a list of prompts"):
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(located(path)).read_text("utf-8-sig").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: holds no prompt")
     return lines
@@ -459,9 +468,10 @@ def command_line(args: argparse.Namespace, stage: str, config: dict) -> str:
     for name, value in {**config, "layer": ",".join(re.findall(r"\d+", config["layers"])), "tag": args.tag if stage != "sae" else ""}.items():
         option = name if name in default else f"{stage}_{name}"
         usual = json.loads(json.dumps(default.get(option, value)))
-        if str(value).removeprefix("torch.") != str(usual):
+        value = value.removeprefix("torch.") if name == "dtype" else value
+        if str(value) != str(usual):
             text = ",".join(map(str, value)) if isinstance(value, list) else ("no", "yes")[value] if isinstance(value, bool) else value
-            words += [f"--{option.replace('_', '-')}", str(text).removeprefix("torch.")]
+            words += [f"--{option.replace('_', '-')}", str(text)]
     return shlex.join(words)
 
 
@@ -533,8 +543,8 @@ def variant(args: argparse.Namespace, options: list[str], tags: list[str]) -> ar
 
 def run_if_unfinished(cell: argparse.Namespace, stage: str) -> None:
     """Run a stage in a process of its own, so that memory is measured for it alone; not again what is finished."""
-    if stage == "rlhf" and cell.policy in ppo.NEED_SAE and missing_saes(cell):
-        run_process(cell, "sae")
+    if stage == "rlhf" and cell.policy in ppo.NEED_SAE and (missing := missing_saes(cell)):
+        run_process(cell, "sae", "--layer", ",".join(map(str, missing)))
     folder = folder_of(cell, stage)
     if (folder / "metrics.json").exists():
         Run(folder, run_config(cell, stage), resume=True).lock.close()           # refuses what was made with other options
@@ -542,9 +552,9 @@ def run_if_unfinished(cell: argparse.Namespace, stage: str) -> None:
         run_process(cell, stage)
 
 
-def run_process(cell: argparse.Namespace, stage: str) -> None:
+def run_process(cell: argparse.Namespace, stage: str, *options: str) -> None:
     """Run `python train.py` with these options; when this process is stopped, that one may save its state."""
-    child = subprocess.Popen([sys.executable, __file__, *cell.argv, "--stage", stage], start_new_session=True)
+    child = subprocess.Popen([sys.executable, __file__, *cell.argv, "--stage", stage, *options], start_new_session=True)
     try:
         failed = child.wait()
     except KeyboardInterrupt:
@@ -688,7 +698,6 @@ class Run:
 STAGES = {"lm": (stage_lm, LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward": (stage_reward, reward.RewardConfig),
           "rlhf": (stage_rlhf, ppo.PPOConfig), "interpret": (stage_interpret, interpret.InterpretConfig),
           "compare": (stage_compare, CompareConfig), "sweep": (stage_sweep, SweepConfig)}
-ASSETS = Path(__file__).parent / "assets"
 # What besides its own options a stage's result depends on; another value of these is another run.
 DEPENDS = {"lm": ("corpus", "eval_corpus", "seed"), "sae": ("model", "layers", "corpus", "dtype", "seed"),
            "reward": ("model", "corpus", "eval_corpus", "dtype", "seed"), "interpret": ("model", "layers", "dtype"),
@@ -696,6 +705,7 @@ DEPENDS = {"lm": ("corpus", "eval_corpus", "seed"), "sae": ("model", "layers", "
            "compare": ("model", "layers", "edit", "reward", "gold", "prompts", "eval_prompts", "corpus", "dtype"),
            "sweep": ("model", "layers", "policy", "edit", "reward", "gold", "prompts", "eval_prompts", "corpus", "dtype")}
 PARTS = {"compare": ("rlhf",), "sweep": ("sae", "rlhf", "interpret")}          # stages that these run, with the same options
+FILES = ("corpus", "eval_corpus", "prompts", "eval_prompts", "reward", "gold")           # options that may name a file
 # What the text of an SAE's training depends on.
 TEXT_DEPENDS = ("model", "corpus", "dtype", "seed", "context", "text_batch", "text_tokens", "eval_tokens", "load")
 
@@ -712,21 +722,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--edit", default="scale", choices=ppo.EDITS, help="coefficients, or coefficients and biases")
     add("--reward", default="tiny-reward", help="a reward model (embedded, a folder, or of the hub), or avoid:FILE, a list of words to avoid")
     add("--gold", default="tiny-gold", help="a second reward model, for evaluation only; '' for none")
-    add("--prompts", default=str(ASSETS / "prompts.txt"), help="one a line, to train on; or a file of preference pairs, for theirs")
-    add("--eval-prompts", default=str(ASSETS / "prompts-eval.txt"), help="the same, held out")
+    add("--prompts", default="assets/prompts.txt", help="one a line, to train on; or a file of preference pairs, for theirs")
+    add("--eval-prompts", default="assets/prompts-eval.txt", help="the same, held out")
     add("--corpus", default=None, help="text (.txt, .jsonl, .jsonl.gz) for lm and sae; preference pairs or labelled texts for reward")
     add("--eval-corpus", default=None, help="held-out file of the same kind, for lm and reward")
     add("--out", default="runs/tiny", help="folder of this run; each stage has its own in it")
     add("--tag", default="", help="a word added to the names of the folders but the SAEs', to tell runs apart")
     add("--device", default="auto", help="cpu, cuda, cuda:1 …")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the model; auto: bfloat16 where a GPU has it")
-    add("--seed", type=int, default=0, help="of all random numbers")
+    add("--seed", type=int, default=0, help="of all random numbers; compare and sweep take 0, 1, … in its place")
     add("--resume", action="store_true", help="go on with the run in --out")
     for stage, (_, config) in STAGES.items():
         group = parser.add_argument_group(f"--stage {stage}")
         for field in dataclasses.fields(config):
             group.add_argument(f"--{stage}-{field.name.replace('_', '-')}", type=FIELD_TYPES.get(field.type, field.type),
                                default=field.default, help="default: %(default)s")
+    for word in argv:
+        with reading(repr(word), "not UTF-8"):
+            word.encode()
     args, unknown = parser.parse_known_args(argv)
     args.argv = argv
     if unknown:
@@ -775,23 +788,26 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--seed {args.seed}: give a number from 0 to 2 ** 63 − 1")
     choose_device(args)
     choose_layers(args)
+    finished = folder_of(args, "rlhf")
+    if args.stage == "interpret" and (finished / "metrics.json").exists():         # the layers that the run edited, whatever --layer says
+        args.layers = json.loads(read_json(finished / "config.json")["layers"])
     return args
 
 
 def required(value: str | None, option: str) -> str:
     """-> the option's value, or a UserError that asks for it."""
-    if value is None:
+    if not value:
         raise UserError(f"{option} is needed for this stage")
     return value
 
 
 def folder_of(args: argparse.Namespace, stage: str) -> Path:
-    """-> OUT/STAGE; OUT/rlhf-POLICY-TAG, whose report is OUT/report-TAG; OUT/report-sae where there is no such run yet."""
+    """-> OUT/STAGE; OUT/rlhf-POLICY-TAG, whose report is OUT/report-TAG; OUT/sae-report where there is no such run yet."""
     tag = f"-{args.tag}" if args.tag else ""
     if stage == "sae":
         return sae_folder(args, *args.layers)
     rlhf = Path(args.out) / f"rlhf-{args.policy}{tag}"
-    report = f"report{tag}" if (rlhf / "metrics.json").exists() else "report-sae"
+    report = f"report{tag}" if (rlhf / "metrics.json").exists() else "sae-report"
     return {"rlhf": rlhf, "interpret": Path(args.out) / report}.get(stage, Path(args.out) / (stage + tag))
 
 
@@ -805,18 +821,33 @@ def run_config(args: argparse.Namespace, stage: str) -> dict:
 
 
 def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
-    """-> hashes of the corpus, and of the files that earlier stages made for this one: coefficients mean nothing on another SAE than they were
-    learned on."""
-    corpus = {f"sha256 of {args.corpus}": sha256(Path(args.corpus))} if stage in ("lm", "sae", "reward") and os.path.isfile(args.corpus or "") else {}
+    """-> hashes of the files that a stage's options name, and of those that earlier stages made for this one: coefficients mean nothing on
+    another SAE than they were learned on."""
+    named = [str(getattr(args, name) or "").removeprefix("avoid:") for name in FILES if name in DEPENDS[stage]]
     files = []
     if stage in ("rlhf", "interpret") and args.policy in ppo.NEED_SAE:
         files += [sae_folder(args, layer) / "sae_weights.safetensors" for layer in args.layers]
     if stage == "interpret":
         files.append(folder_of(args, "rlhf") / "policy.safetensors")
-    return corpus | {f"sha256 of {path.relative_to(args.out)}": sha256(path) for path in files if path.exists()}
+    return {f"sha256 of {name}": sha256(located(name)) for name in named if os.path.isfile(located(name))} | {
+        f"sha256 of {path.relative_to(args.out)}": sha256(path) for path in files if path.exists()}
 
 
-def sha256(path: Path) -> str:
+def located(path: str) -> str:
+    """-> the path or, where there is none and it names a file beside this one (the prompts in assets/), that file's."""
+    beside = Path(__file__).parent / path
+    return str(beside) if not os.path.exists(path) and beside.is_file() else path
+
+
+def check_unchanged(args: argparse.Namespace, folder: Path, config: dict) -> None:
+    """UserError where a finished run of --policy coef was made with other files than lie there now."""
+    made_with = argparse.Namespace(**vars(args) | {name: config[name] for name in FILES if name in config})
+    changed = [name.removeprefix("sha256 of ") for name, value in inputs(made_with, "rlhf").items() if config.get(name) != value]
+    if changed:
+        raise UserError(f"{folder}: its coefficients were learned with another {', '.join(changed)} than lies there now: train again, with a --tag")
+
+
+def sha256(path: str | Path) -> str:
     """-> the file's hash in hexadecimal digits, read piece by piece."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -826,7 +857,7 @@ def run_stage(stage: str, args: argparse.Namespace) -> dict:
     """Run one stage in its folder, or take its figures from there where it is finished and --resume was given."""
     function, cfg = STAGES[stage][0], args.configs[stage]
     with Run(folder_of(args, stage), run_config(args, stage), args.resume) as run:
-        if (run.folder / "metrics.json").exists():
+        if (run.folder / "metrics.json").exists() and stage not in PARTS:      # a comparison is made anew, of runs that may be other ones now
             figures = read_json(run.folder / "metrics.json")
         else:
             start = time.monotonic()
@@ -857,12 +888,11 @@ def check_inputs(args: argparse.Namespace) -> None:
     ppo.check_policy(args.policy, args.edit, args.configs["rlhf"])
     for path in (args.prompts, args.eval_prompts):
         read_prompts(path)
-    for name in filter(None, (args.reward, args.gold)):
-        _, colon, path = name.partition(":")         # avoid:FILE, or a model
-        if not colon:
+    for name in filter(None, (required(args.reward, "--reward"), args.gold)):
+        if name.startswith("avoid:"):
+            reward.avoid_words(name.removeprefix("avoid:"))
+        else:
             CheckpointFiles(name).need("config.json")
-        elif not os.path.isfile(path):
-            raise UserError(f"{name}: {path}: no such file (--reward, --gold)")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@
     python tests/bench.py explain --run runs/tiny/sae
     python tests/bench.py busy --run runs/tiny/sae
     python tests/bench.py cross --run runs/tiny/sae-1
+    python tests/bench.py crowd --rlhf runs/tiny/rlhf-random_rates --share 0.25
     python tests/bench.py words --run runs/tiny/sae --rlhf runs/tiny/rlhf-coef-avoid --words assets/avoid.txt
 
 Run by hand on an idle machine; no test depends on them. A random model has the shape of a Pythia and is written as a checkpoint first, so
@@ -33,9 +34,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo  # noqa: E402
+import train  # noqa: E402
 from interpret import as_sparse_as, class_means, explanation_score, logit_effect  # noqa: E402
 from pythia import Pythia, PythiaConfig, Tokenizer, pad, read_json, read_rows, read_safetensors, write_json, write_safetensors  # noqa: E402
-from reward import RewardModel, encode_pairs, pairs_from_labels, window  # noqa: E402
+from reward import RewardModel, encode_pairs, load_reward, pairs_from_labels, window  # noqa: E402
 from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, evaluate_sae, load_sae, mlp_rows, mmcs, random_dictionary, train_sae  # noqa: E402
 
 # name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed
@@ -555,9 +557,38 @@ def cross(args: argparse.Namespace) -> None:
         print(json.dumps({"bench": "cross", "folder": str(folder), "l0": figures["l0"], "l1": figures["l1"]}))
 
 
+def crowd(args: argparse.Namespace) -> None:
+    """Where in the text does a run of coefficients gain? Gain and KL of --rlhf on its held-out prompts with --share of what it learned: by its
+    edit as it is, at the busiest twentieth of tokens alone (where most of the dictionary's features are active), and at the others alone."""
+    config = read_json(args.rlhf / "config.json")
+    told = train.resolve(train.parse(["--policy", config["policy"], "--layer", config["layers"].strip("[]"), "--seed", config["seed"],
+                                      "--out", str(args.rlhf.parent), "--dtype", "float32"]))
+    (model, tokenizer), cfg, (layer,) = train.load_model(told), told.configs["rlhf"], told.layers
+    policy = ppo.make_policy(told.policy, model, told.layers, train.load_saes(told, model), cfg, config["edit"])
+    policy.load_state_dict(read_safetensors(args.rlhf / "policy.safetensors"))
+    prompts = train.load_prompts(config["eval_prompts"], model, tokenizer, cfg, cfg.eval_size)
+    evaluation = ppo.Evaluation(model, prompts, load_reward(config["reward"], tokenizer, torch.float32), cfg, seed=3_000_000)
+    edit, text = policy.edits[layer], read_safetensors(train.sae_folder(told, layer) / "text.safetensors")["heldout"][64:]
+    encode, rows_ND = edit.encode, mlp_rows(model, layer, text).float()
+    active_N = torch.cat([(edit.sae.encode(x_ND) > 0).sum(1).float() for x_ND in rows_ND.split(2048)])
+    busy = active_N.quantile(0.95)
+    tests = {"all": lambda number: number >= 0, "busiest": lambda number: number > busy, "others": lambda number: number <= busy}
+    for name, chosen in tests.items():
+        def gated(mlp_BTD: Tensor, neurons_BTM: Tensor, chosen: Callable = chosen) -> Tensor:
+            features_BTF = encode(mlp_BTD, neurons_BTM)
+            return features_BTF * chosen((features_BTF > 0).sum(-1, keepdim=True))
+        edit.encode = gated
+        with policy.holding(policy.part_way(args.share)):
+            figures = evaluation(policy).figures
+        where_N = chosen(active_N)
+        print(json.dumps({"bench": "crowd", "run": args.rlhf.name, "edit_at": name, "tokens": round(where_N.float().mean().item(), 3),
+                          "of_all_activity": round((active_N[where_N].sum() / active_N.sum()).item(), 3),
+                          **{key: round(figures[key], 3) for key in ("score_gain_std", "score_gain_std_se", "kl")}}))
+
+
 def main() -> None:
     benches = {"load": bench_load, "trunk": bench_trunk, "prefill": bench_prefill, "generate": bench_generate, "sae": bench_sae,
-               "ppo": bench_ppo, "update": bench_update, "bow": bow, "planted": planted, "explain": explain, "words": words, "busy": busy, "cross": cross, "write": lambda args: random_checkpoint(
+               "ppo": bench_ppo, "update": bench_update, "bow": bow, "planted": planted, "explain": explain, "words": words, "busy": busy, "cross": cross, "crowd": crowd, "write": lambda args: random_checkpoint(
                    args.model.removesuffix("-random"), args.cache / args.model)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -585,7 +616,8 @@ def main() -> None:
     add("--reward", default="tiny-reward")
     add("--half", type=int, default=0)
     add("--run", type=Path, default=Path("runs/tiny/sae"), help="folder of a finished sae stage")
-    add("--rlhf", type=Path, default=Path("runs/tiny/rlhf-coef"), help="folder of a finished rlhf stage with that SAE, of the words bench")
+    add("--rlhf", type=Path, default=Path("runs/tiny/rlhf-coef"), help="folder of a finished rlhf stage with that SAE, of the words and crowd benches")
+    add("--share", type=float, default=1.0, help="of what was learned, in the crowd bench")
     add("--words", type=Path, default=Path("assets/avoid.txt"))
     add("--objective", default="l1,topk", help="of the planted bench")
     add("--tokens", type=int, default=2_000_000)

@@ -37,7 +37,7 @@ def gradients(args: argparse.Namespace) -> dict[str, tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(args.seed)
     dictionaries = {"coef": trained, "random": sae.random_dictionary(trained, generator, l0=read_json(folder / "metrics.json")["l0"])}
     score_fn = reward.load_reward(args.reward, tokenizer)
-    prompts = train.load_prompts(str(train.ASSETS / "prompts.txt"), model, tokenizer, cfg)
+    prompts = train.load_prompts("assets/prompts.txt", model, tokenizer, cfg)
     policy, critic = ppo.make_policy("steer", model, [layer], {}, cfg), ppo.Critic(model.cfg.hidden_size, cfg.response_tokens, model.device)
     standardize, found = ppo.Standardize.by_reference(policy, prompts, score_fn, cfg, generator), {}
     for _ in tqdm(range(args.episodes // cfg.episodes)):

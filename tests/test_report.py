@@ -67,7 +67,7 @@ def test_the_page_says_what_the_report_says(tmp_path):
     other = example()
     other["features"][1]["effect"]["set_back"]["mean"] = -0.777
     assert "−0.777 ± 0.045" in Reader(render_report(other)).text and "0.777" not in page
-    other["features"][1]["bias"] = 2.5
+    other["config"]["edit"] = "scale+bias"           # also where none of the listed features has one
     assert "the bias b" in Reader(render_report(other)).text and "the bias b" not in page
     moved = example()
     for card, coef, bias in zip(moved["features"], (1.5, -0.5, 1.0), (0.0, 2.0, -2.0)):

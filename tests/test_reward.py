@@ -317,6 +317,9 @@ def test_avoid_words_counts_whole_words_in_any_case(tmp_path):
     assert avoid_words(tmp_path / "words")(texts) == [0, -1, -3, 0, -1, -1, -2]
     (tmp_path / "words").write_text("c++\n$$\nbad\nbad-bad\nnot good\n")
     assert avoid_words(tmp_path / "words")(["I use c++ here for $$", "a$$", "bad-bad", "a good film, not bad", "Not good."]) == [-2, 0, -1, -1, -1]
+    assert str(avoid_words(tmp_path / "words")(["fine"])) == "[0.0]"                       # not −0.0, which the report would show
+    (tmp_path / "words").write_text("\ufeffbad\nnai\u0308ve\n")                            # a byte order mark; ï in two characters
+    assert avoid_words(tmp_path / "words")(["bad", "naïve"]) == [-1, -1]
     (tmp_path / "empty").write_text(" \n")
     assert "no word" in complaint(avoid_words, tmp_path / "empty")
     assert "no such file" in complaint(avoid_words, tmp_path / "none")

@@ -79,11 +79,11 @@ def test_interpret_of_an_sae_alone(whole, tmp_path):
     shutil.copytree(whole / "sae", tmp_path / "sae")
     assert run("--stage", "interpret", "--tag", "none", out=tmp_path) == 2 and not (tmp_path / "report-none").exists()
     assert run("--stage", "interpret", out=tmp_path) == 0
-    report = read_json(tmp_path / "report-sae" / "report.json")
+    report = read_json(tmp_path / "sae-report" / "report.json")
     assert report["rlhf"] is None and len(report["features"]) == 8 and {card["coef"] for card in report["features"]} == {1.0}
     scores = [card["explanation"] for card in report["features"]]
     assert scores == sorted(scores, reverse=True) and report["saes"]["2"]["explanations"]["SAE features"]["pearson"]["mean"] <= scores[0]
-    assert "No RLHF run yet" in (tmp_path / "report-sae" / "index.html").read_text()
+    assert "No RLHF run yet" in (tmp_path / "sae-report" / "index.html").read_text()
 
 
 def test_a_run_that_moved_nothing_is_not_interpreted(whole, capsys):
@@ -106,7 +106,7 @@ def test_coefficients_are_refused_on_another_sae(whole, tmp_path, capsys):
     path = tmp_path / "sae" / "sae_weights.safetensors"
     weights = read_safetensors(path)
     write_safetensors(path, weights | {"b_dec": weights["b_dec"] + 1})
-    assert run("--stage", "interpret", out=tmp_path) == 2 and "learned on another SAE" in capsys.readouterr().err
+    assert run("--stage", "interpret", out=tmp_path) == 2 and "learned with another sae/sae_weights.safetensors" in capsys.readouterr().err
     assert run("--stage", "rlhf", "--resume", out=tmp_path) == 2 and "sae_weights" in capsys.readouterr().err
 
 
@@ -117,6 +117,44 @@ def test_a_report_is_refused_for_another_run(whole, tmp_path, capsys):
     path = tmp_path / "rlhf-coef" / "policy.safetensors"
     write_safetensors(path, {name: p + 1 for name, p in read_safetensors(path).items()})
     assert run("--resume", out=tmp_path) == 2 and "policy.safetensors" in capsys.readouterr().err
+
+
+def test_an_sae_with_other_options_is_not_taken_in_silence(whole, capsys):
+    for stage in ("rlhf", "compare"):
+        assert run("--stage", stage, "--compare-runs", "coef", "--tag", "other", "--sae-l0=5", "--sae-objective", "topk", out=whole) == 2
+        assert "sae was made with another l0, objective" in capsys.readouterr().err and not (whole / "rlhf-coef-other").exists()
+
+
+def test_a_word_list_that_changed_is_another_reward(whole, tmp_path, capsys):
+    shutil.copytree(whole / "sae", tmp_path / "sae")
+    words, options = tmp_path / "words.txt", [*few_prompts(tmp_path), "--reward", f"avoid:{tmp_path / 'words.txt'}"]
+    words.write_text("the\na\n")
+    assert run("--stage", "rlhf", *options, out=tmp_path) == 0
+    words.write_text("the\n")
+    assert run("--stage", "rlhf", *options, "--resume", out=tmp_path) == 2 and f"another sha256 of {words}" in capsys.readouterr().err
+    assert run("--stage", "interpret", out=tmp_path) == 2 and f"learned with another {words} than" in capsys.readouterr().err
+
+
+def test_a_report_of_another_layer_than_the_middle_one(whole, tmp_path):
+    assert run(*few_prompts(tmp_path), "--stage", "rlhf", "--layer", "1", "--tag", "t", out=tmp_path) == 0
+    assert run("--stage", "interpret", "--tag", "t", "--interpret-checks", "0", out=tmp_path) == 0
+    config = read_json(tmp_path / "report-t" / "config.json")
+    assert config["layers"] == "[1]" and "sha256 of sae-1/sae_weights.safetensors" in config
+    assert "--layer 1" in read_json(tmp_path / "report-t" / "report.json")["commands"][2]
+    assert run("--stage", "interpret", "--tag", "t", "--layer", "1", "--interpret-checks", "0", "--resume", out=tmp_path) == 0
+
+
+def test_the_prompts_of_the_assets_are_found_from_everywhere_and_named_the_same(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()                      # a folder named as the embedded model, with no model in it
+    assert run("--resume", out=whole) == 0 and read_json(whole / "rlhf-coef" / "config.json")["prompts"] == "assets/prompts.txt"
+    assert len(train.read_prompts("assets/prompts-eval.txt")) > 100
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffThe film\nHer role\n")
+    assert train.read_prompts(str(path)) == ["The film", "Her role"] and train.read_texts(path) == ["The film\nHer role\n"]
 
 
 def test_same_seed_same_result(whole, tmp_path):
@@ -149,11 +187,11 @@ def test_several_layers_each_with_its_own_sae(whole, capsys):
 
 
 def test_a_command_line_says_booleans_and_numbers_apart():
-    config = {"layers": "[2]", "samples_per_prompt": 1, "gamma": 0.0, "lr": 1.0, "recompute": True, "gold": ""}
+    config = {"layers": "[2]", "samples_per_prompt": 1, "gamma": 0.0, "lr": 1.0, "recompute": True, "gold": "", "model": "torch.x", "dtype": "torch.float16"}
     words = train.command_line(SimpleNamespace(out="runs/x", tag=""), "rlhf", config).split()
     pairs = dict(zip(words[4::2], words[5::2]))
     assert pairs == {"--out": "runs/x", "--rlhf-samples-per-prompt": "1", "--rlhf-gamma": "0.0", "--rlhf-lr": "1.0", "--rlhf-recompute": "yes",
-                     "--gold": "''", "--layer": "2"}
+                     "--gold": "''", "--model": "torch.x", "--dtype": "float16", "--layer": "2"}
 
 
 def test_tables_keep_their_columns_where_a_run_lacks_a_figure(tmp_path):
@@ -167,9 +205,9 @@ def few_prompts(folder: Path) -> list[str]:
     return ["--eval-prompts", str(folder / "few.txt"), "--gold", "", "--rlhf-iterations", "2"]
 
 
-def within(cell: SimpleNamespace, stage: str) -> None:
+def within(cell: SimpleNamespace, stage: str, *options: str) -> None:
     """run_process without a process, for they take seconds to start."""
-    assert train.main([*cell.argv, "--stage", stage]) == 0
+    assert train.main([*cell.argv, "--stage", stage, *options]) == 0
 
 
 def test_who_stops_a_comparison_waits_for_its_run_to_save(tmp_path, monkeypatch):
@@ -193,7 +231,7 @@ def test_who_stops_a_comparison_waits_for_its_run_to_save(tmp_path, monkeypatch)
 
 def test_compare_trains_what_is_missing_and_reads_off_gains(whole, capsys, monkeypatch):
     process, started = train.run_process, []
-    monkeypatch.setattr(train, "run_process", lambda cell, stage: started.append(cell) or (process if len(started) == 1 else within)(cell, stage))
+    monkeypatch.setattr(train, "run_process", lambda *cell: started.append(cell) or (process if len(started) == 1 else within)(*cell))
     options = [*few_prompts(whole), "--stage", "compare", "--compare-runs", "coef --rlhf-keep 9 --rlhf-keep-rollouts 1; steer --rlhf-lr 0.5", "--compare-seeds", "2",
                "--compare-kls", "0.001,50"]
     assert run(*options, out=whole) == 0
@@ -204,10 +242,33 @@ def test_compare_trains_what_is_missing_and_reads_off_gains(whole, capsys, monke
     runs = [read_json(whole / f"rlhf-steer-rlhf-lr-0-5-seed{seed}" / "metrics.json") for seed in (0, 1)]
     assert figures["runs"][1]["kl"] == pytest.approx((runs[0]["kl"] + runs[1]["kl"]) / 2) and runs[0]["kl"] != runs[1]["kl"]
     assert figures["runs"][0]["n_changed"] <= 9 and len(started) == 4
+    steered = whole / "rlhf-steer-rlhf-lr-0-5-seed0" / "metrics.json"
+    write_json(steered, runs[0] | {"kl": runs[0]["kl"] + 10})            # as if it had been trained again
+    assert run(*options, "--resume", out=whole) == 0 and len(started) == 4
+    assert read_json(whole / "compare" / "metrics.json")["runs"][1]["kl"] == pytest.approx(figures["runs"][1]["kl"] + 5)
     changed = [*options, "--resume", "--rlhf-samples-per-prompt", "1"]
     assert run(*changed, out=whole) == 2 and "another rlhf_samples_per_prompt" in capsys.readouterr().err
     shutil.rmtree(whole / "compare")
     assert run(*changed, out=whole) == 2 and "seed0 was begun with another samples_per_prompt" in capsys.readouterr().err
+
+
+def test_compare_trains_the_missing_saes_alone(whole, tmp_path, monkeypatch):
+    """Of the layer that is there, the SAE is another seed's."""
+    shutil.copytree(whole / "sae", tmp_path / "sae")
+    write_json(tmp_path / "sae" / "config.json", read_json(whole / "sae" / "config.json") | {"seed": "7"})
+    monkeypatch.setattr(train, "run_process", within)
+    assert run(*few_prompts(tmp_path), "--stage", "compare", "--layer", "1,2", "--compare-runs", "coef", "--compare-seeds", "1", out=tmp_path) == 0
+    assert (tmp_path / "sae-1" / "metrics.json").exists()
+
+
+def test_runs_that_would_share_a_folder_are_refused(tmp_path, capsys):
+    assert run("--stage", "compare", "--compare-runs", "coef --rlhf-lr .2; coef --rlhf-lr 2", out=tmp_path) == 2
+    assert "share a folder" in capsys.readouterr().err
+
+
+def test_a_sweep_is_refused_before_its_first_cell(tmp_path, capsys):
+    assert run("--stage", "sweep", "--sweep-objectives", "l1,topkk", out=tmp_path) == 2
+    assert "topkk" in capsys.readouterr().err and not list(tmp_path.glob("sweep-*"))
 
 
 def test_a_kl_that_many_draws_do_not_reach_is_not_reached():
@@ -356,6 +417,9 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--gold", "no-such-model"], "not found"),
     (["--reward", "tiny"], "head.weight"),
     (["--reward", "avoid:no-such-file"], "no-such-file"),
+    (["--reward", ""], "--reward is needed"),
+    (["--reward", "prefer:some-file"], "not found"),
+    (["--corpus", "caf\udce9.txt", "--stage", "sae"], "caf"),
     (["--prompts", "no-such-file"], "no-such-file"),
     (["--device", "abacus"], "--device abacus"),
     (["--stage", "lm"], "--corpus"),
@@ -385,6 +449,8 @@ def test_misuse_is_one_clear_line(options, told, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and told in error
     assert not (tmp_path / "out" / "rlhf-coef").exists()
+    if options[0] in ("--reward", "--prompts") and options[1] != "tiny":
+        assert not (tmp_path / "out" / "sae").exists()           # told before the SAE is trained
 
 
 @pytest.mark.parametrize("changes, told", [
