@@ -134,13 +134,13 @@ def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen
                tokens_BT: Tensor, cfg: InterpretConfig) -> tuple[list[FeatureCard], dict]:
     """-> cards of the chosen features of one layer, in order, and what is known of its whole SAE (`mean_explanations`). `learned` holds
     `{layer}.coef_F` and perhaps `{layer}.bias_F`, or nothing. With None chosen: those of `cfg.columns` features that the text explains best."""
-    spread = torch.linspace(0, sae.num_features - 1, min(cfg.columns, sae.num_features)).round().long().tolist()
-    looked_at = (chosen or []) + spread
+    strided = torch.linspace(0, sae.num_features - 1, min(cfg.columns, sae.num_features)).round().long().tolist()
+    looked_at = (chosen or []) + strided
     rows_ND = mlp_rows(model, layer, tokens_BT).float()                                    # without the windows' first tokens
     activations_NG, rate_F = feature_activations(sae, rows_ND, looked_at)
     activations_BTG = F.pad(activations_NG.view(len(tokens_BT), -1, len(looked_at)), (0, 0, 1, 0))            # 0 on a window's first
     score = explanation_score(activations_NG, tokens_BT)
-    about = mean_explanations(rows_ND, tokens_BT, rate_F, Explanation(*(part[-len(spread):] for part in score)), len(spread))
+    about = mean_explanations(rows_ND, tokens_BT, rate_F, Explanation(*(part[-len(strided):] for part in score)), len(strided))
     listed = range(len(chosen)) if chosen is not None else score.pearson_F.nan_to_num(-1).argsort(descending=True)[:cfg.features].tolist()
     cards = []
     for g in listed:

@@ -23,7 +23,6 @@ import math
 import mmap
 import os
 import re
-import ssl
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -89,8 +88,8 @@ def check_finite(where: str, optimizer: torch.optim.Optimizer | None = None, **q
     """UserError that names the first quantity with a NaN or an infinity in it, the optimizer's gradients last. Called before a step: the
     weights and the saved state are still good then."""
     if optimizer:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        quantities["gradient"] = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        quantities["gradient"] = torch.stack([torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients])
     for name, value in quantities.items():
         if not torch.as_tensor(value).isfinite().all():
             raise UserError(f"{where}: {name} is NaN or infinite; the step was not applied and the last saved state is good: "
@@ -462,9 +461,9 @@ def attention_mask(mask_BT: Tensor | None, num_queries: int) -> Tensor | None:
 def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
     """Draw one token a row by inverting the cumulative distribution at uniform_B, in (0, 1]; temperature 0: the most likely.
 
-    torch.multinomial draws a random number for every entry of the vocabulary, 20 times the cost of a softmax and a cumsum.
+    torch.multinomial draws a random number for every entry of the vocabulary, ten times the cost of a softmax and a cumsum.
     The last entry of a float32 cumsum is not quite 1, so the uniform is scaled by it; as it is never 0, an entry of
-    probability 0 is never drawn. Where logits are NaN, the last token is "drawn"; who uses them finds out (`check_finite`).
+    probability 0 is never drawn. Where logits are NaN, some token is "drawn"; who uses them finds out (`check_finite`).
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
@@ -478,8 +477,9 @@ def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
 class Tokenizer:
     """Byte-pair encoding as in a tokenizer.json of the `tokenizers` library (byte-level BPE, GPT-2's pre-tokenizer), by tiktoken.
 
-    Special tokens are found in the raw text, then the text is NFC-normalised, then added tokens (runs of 2–24 spaces, the
-    longest first) are cut out, and what lies between is encoded. Ids are in merge order, so they serve as tiktoken's ranks.
+    Added tokens that are not to be normalised (the special ones) are found in the raw text, then the text is NFC-normalised, then the other added
+    tokens (runs of 2–24 spaces, the longest first) are cut out, and what lies between is encoded. Ids are in merge order, so they serve as
+    tiktoken's ranks.
     """
 
     GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -490,10 +490,14 @@ class Tokenizer:
             if not (model["type"] == "BPE" and pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer.get("add_prefix_space")
                     and pre_tokenizer.get("use_regex", True) and normalizer.get("type", "NFC") == "NFC"):
                 raise ValueError("only byte-level BPE with GPT-2's pattern, no prefix space, and NFC or no normalisation, is supported")
-            merged = [model["vocab"]["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model.get("merges", [])]
-            if merged != sorted(merged):
+            merged = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges", [])]
+            if (ids := [model["vocab"][token] for token in merged]) != sorted(ids):
                 raise ValueError("the merges are not in the order of their ids")
             added, byte_of = {token["content"]: token for token in config["added_tokens"]}, bytes_of_characters()
+            if odd := {token for token in model["vocab"] if len(token) > 1 and token not in added} - set(merged):
+                raise ValueError(f"no merge makes {len(odd)} of its tokens, as {min(odd)!r}")
+            if any(token.get(flag) for token in added.values() for flag in ("lstrip", "rstrip", "single_word")):
+                raise ValueError("added tokens with lstrip, rstrip or single_word are not supported")
             ranks = {bytes(byte_of[c] for c in token): rank for token, rank in model["vocab"].items() if token not in added}
             self.added_ids = {content: token["id"] for content, token in added.items()}
             all_ids = [*ranks.values(), *self.added_ids.values()]
@@ -501,8 +505,8 @@ class Tokenizer:
                 raise ValueError("ids must be whole numbers below 2 ** 24, each given once")
             if not UTF8_BYTES <= ranks.keys() or "" in added or END_OF_TEXT not in added:
                 raise ValueError(f"every byte of UTF-8 and {END_OF_TEXT} must be tokens, and no added token may be empty")
-            self.special_pattern = any_of([content for content, token in added.items() if token["special"]])
-            self.added_pattern = any_of([content for content, token in added.items() if not token["special"]])
+            normalized = [content for content, token in added.items() if token.get("normalized", not token["special"])]
+            self.raw_pattern, self.normal_pattern = any_of(list(added.keys() - normalized)), any_of(normalized)
             self.encoding = tiktoken.Encoding(str(source), pat_str=self.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.added_ids)
         self.config, self.nfc, self.known_ids = config, bool(normalizer), set(all_ids)
         self.vocab_size = max(all_ids) + 1
@@ -526,15 +530,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """-> token ids; special tokens written out in the text are recognised."""
+        if len(text) > MAX_BLANK and re.search(rf"\s{{{MAX_BLANK}}}", text):
+            raise UserError(f"a text has {MAX_BLANK} white spaces in a row, too many for tiktoken: shorten them")
         ids: list[int] = []
-        for raw, special in split_at(self.special_pattern, text):
+        for raw, found_raw in split_at(self.raw_pattern, text):
             normal = unicodedata.normalize("NFC", raw) if self.nfc else raw
-            for plain, added in split_at(self.added_pattern, normal):
+            for plain, found in split_at(self.normal_pattern, normal):
                 ids += self.encoding.encode_ordinary(plain)
-                if added:
-                    ids.append(self.added_ids[added])
-            if special:
-                ids.append(self.added_ids[special])
+                if found:
+                    ids.append(self.added_ids[found])
+            if found_raw:
+                ids.append(self.added_ids[found_raw])
         return ids
 
     def decode(self, ids: list[int] | Tensor) -> str:
@@ -542,6 +548,7 @@ class Tokenizer:
         return self.encoding.decode([i for i in map(int, ids) if i in self.known_ids])
 
 
+MAX_BLANK = 500_000          # tiktoken panics at a million
 UTF8_BYTES = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}     # all that occur in it
 
 
@@ -602,7 +609,7 @@ def stream_safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         tensors, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (begin, stop), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-            if len(shape) > 8 or any(type(n) is not int or not 0 <= n <= len(data) for n in (*shape, begin, stop)):
+            if len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2 ** 48 for n in (*shape, begin, stop)) or max(begin, stop) > len(data):
                 raise ValueError(f"tensor {name!r} of shape {shape} at {begin} to {stop} is not within {len(data)} bytes: truncated?")
             if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name!r} of shape {shape} has bytes {begin} to {stop}, where {end} was next")
@@ -674,10 +681,10 @@ def load_state(path: str | Path) -> dict:
     """Read what torch.save wrote; never runs code from the file."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))        # the older format cannot be mapped
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:                       # torch raises many kinds, all of which mean the same here
-        raise UserError(f"{path}: not readable as tensors and numbers ({type(error).__name__}); delete it, or get it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:                       # torch raises many kinds, which mean the same here but where memory is short
+        raise UserError(f"{path}: not readable as tensors and numbers ({repr(error)[:200]}); if it is broken, get it again") from None
 
 
 def read_json(path: str | Path) -> object:
@@ -761,7 +768,8 @@ class CheckpointFiles:
             raise UserError(f"model {self.name!r} not found: it is no folder, no embedded model ({names}), no pythia-SIZE and no OWNER/NAME")
 
     def __str__(self) -> str:
-        return str(self.folder or f"{self.repo} ({self.revision})")
+        hub = f"{self.repo} ({self.revision}" + ("; HF_HUB_OFFLINE is set: unset it to look further than the local cache)" if offline() else ")")
+        return str(self.folder or hub)
 
     def find(self, name: str) -> Path | None:
         """-> the path of a file, or None where the checkpoint has no such file."""
@@ -782,23 +790,42 @@ def hub_file(repo: str, revision: str, name: str) -> Path | None:
     The cache has the layout of huggingface_hub (refs/REVISION names a commit, snapshots/COMMIT/FILE links to blobs/ETAG), so that either
     finds what the other fetched. HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured.
     """
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    root = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{repo.replace('/', '--')}"
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.path.expandvars(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    root = Path(cache) / f"models--{repo.replace('/', '--')}"
     ref = root / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
+    commit = (ref.is_file() and ref.read_text().strip()) or revision
     if (path := root / "snapshots" / commit / name).is_file():
         return path
     if (root / ".no_exist" / commit / name).is_file():
         return None
     what, endpoint = f"{name} of {repo} ({revision})", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+    fetched = (root / "snapshots" / commit).is_dir()
+    if offline():
+        if fetched:                                  # by another program, which need not have marked what the repository lacks
+            return None
         raise UserError(f"{what} is not at {path} and HF_HUB_OFFLINE is set: unset it, or fetch the file on a machine with a network "
                         f"and copy {root}")
     locks = root.parent / ".locks" / root.name
     locks.mkdir(parents=True, exist_ok=True)
     with open(locks / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)             # other processes wait, and then find the file fetched
-        return fetch_file(f"{endpoint}/{repo}/resolve/{urllib.parse.quote(commit, safe='')}/{name}", what, root, ref, name)
+        try:
+            return fetch_file(f"{endpoint}/{repo}/resolve/{urllib.parse.quote(commit, safe='')}/{name}", what, root, ref, name)
+        except Unreachable as error:
+            if not fetched:
+                raise
+            print(f"{error}; taken for one that the repository lacks")
+            return None
+
+
+def offline() -> bool:
+    """-> whether HF_HUB_OFFLINE is set."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+class Unreachable(UserError):
+    """The hub could not be asked."""
 
 
 def fetch_file(url: str, what: str, root: Path, ref: Path, name: str) -> Path | None:
@@ -848,7 +875,7 @@ def hub_request(url: str, what: str, method: str = "GET", start: int = 0) -> htt
     """-> the server's answer, to HEAD also a 404 or a redirect to another host; UserError where it cannot be reached or refuses."""
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {}, method=method)
-        if token := os.environ.get("HF_TOKEN", "").strip():
+        if token := "".join(os.environ.get("HF_TOKEN", "").split()):
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         return urllib.request.build_opener(SameHostRedirects).open(request, timeout=30)
     except urllib.error.HTTPError as answer:
@@ -857,7 +884,14 @@ def hub_request(url: str, what: str, method: str = "GET", start: int = 0) -> htt
         hint = "; is the name right, HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else ""
         raise UserError(f"{what}: {url} answered {answer.code} {answer.reason}{hint}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:          # ValueError: an HF_ENDPOINT that is no address
-        raise UserError(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
+        raise Unreachable(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
+
+
+def received(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """-> what comes, piece by piece, until its end or until the connection breaks off."""
+    with contextlib.suppress(http.client.HTTPException, OSError):
+        while chunk := response.read(1 << 20):
+            yield chunk
 
 
 def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
@@ -873,9 +907,8 @@ def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
         try:
             with (hub_request(url, what, start=have) as response,
                   open(part, "ab" if response.status == 206 else "wb") as file,            # else the server ignores Range
-                  tqdm(total=size, initial=file.tell(), desc=what, unit="B", unit_scale=True) as bar,
-                  contextlib.suppress(http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)):
-                while chunk := response.read(1 << 20):
+                  tqdm(total=size, initial=file.tell(), desc=what, unit="B", unit_scale=True) as bar):
+                for chunk in received(response):
                     bar.update(file.write(chunk))
         except OSError as error:
             raise not_written(part, error) from None

@@ -302,6 +302,9 @@ def avoid_words(path: str | Path) -> Callable[[list[str]], list[float]]:
     return lambda texts: [float(-len(pattern.findall(text))) for text in texts]
 
 
+TEXT_REWARDS = {"avoid": avoid_words}                # KIND -> what makes a function of texts of FILE, for `--reward KIND:FILE`
+
+
 class ThroughText:
     """A reward model whose tokenizer differs from the policy's: ids are decoded to text, special tokens written out, and encoded anew.
 
@@ -328,9 +331,10 @@ def oasst_dialogue(text: str) -> str:
 
 
 def load_reward(name: str, tokenizer: Tokenizer, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> ScoreFn:
-    """-> the score_fn of `--reward`: a reward model's folder or name, or `avoid:FILE`. `tokenizer` is the policy's."""
-    if name.startswith("avoid:"):
-        return TextReward(avoid_words(name.removeprefix("avoid:")), tokenizer)
+    """-> the score_fn of `--reward`: a reward model's folder or name, or KIND:FILE of `TEXT_REWARDS`. `tokenizer` is the policy's."""
+    kind, colon, path = name.partition(":")
+    if colon and kind in TEXT_REWARDS:
+        return TextReward(TEXT_REWARDS[kind](path), tokenizer)
     model, own = RewardModel.from_pretrained(name, dtype=dtype, device=device), Tokenizer.from_pretrained(name)
     own.check_fits(model, name)
     same = own.config["model"]["vocab"] == tokenizer.config["model"]["vocab"] and own.added_ids == tokenizer.added_ids

@@ -823,7 +823,7 @@ def run_config(args: argparse.Namespace, stage: str) -> dict:
 def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
     """-> hashes of the files that a stage's options name, and of those that earlier stages made for this one: coefficients mean nothing on
     another SAE than they were learned on."""
-    named = [str(getattr(args, name) or "").removeprefix("avoid:") for name in FILES if name in DEPENDS[stage]]
+    named = [str(getattr(args, name) or "").rpartition(":")[2] for name in FILES if name in DEPENDS[stage]]         # KIND:FILE, FILE or a model
     files = []
     if stage in ("rlhf", "interpret") and args.policy in ppo.NEED_SAE:
         files += [sae_folder(args, layer) / "sae_weights.safetensors" for layer in args.layers]
@@ -889,8 +889,9 @@ def check_inputs(args: argparse.Namespace) -> None:
     for path in (args.prompts, args.eval_prompts):
         read_prompts(path)
     for name in filter(None, (required(args.reward, "--reward"), args.gold)):
-        if name.startswith("avoid:"):
-            reward.avoid_words(name.removeprefix("avoid:"))
+        kind, colon, path = name.partition(":")      # KIND:FILE, or a model
+        if colon and kind in reward.TEXT_REWARDS:
+            reward.TEXT_REWARDS[kind](path)
         else:
             CheckpointFiles(name).need("config.json")
 

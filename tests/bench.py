@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import multiprocessing
 import statistics
@@ -199,13 +200,12 @@ def bench_sae(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     trainer = SAETrainer(SAE(D, args.features, generator).to(args.device), 1.0, cfg, generator)
     x_ND = torch.randn(N, D, device=args.device)
-    taken = seconds(args, step=lambda: trainer.step(10 ** 5, x_ND))["step"]
-    a_DF, b_FD, bf16 = trainer.sae.W_enc_DF.detach(), trainer.sae.W_dec_FD.detach(), args.device.type == "cuda"
-    if bf16:
-        a_DF, x_ND = a_DF.bfloat16(), x_ND.bfloat16()
-    product = seconds(args, product=lambda: x_ND @ a_DF)["product"]
+    dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32          # of the trainer's products
+    a_ND, b_DF = x_ND.to(dtype), trainer.sae.W_enc_DF.detach().to(dtype, copy=True)
+    taken = seconds(args, step=lambda: trainer.step(10 ** 5, x_ND), product=lambda: a_ND @ b_DF)
     # Five such products: encode and its gradient for W_enc, decode and its two gradients.
-    show(args, "sae", shape=[N, D, b_FD.shape[0]], seconds=taken, rows_per_second=N / taken, share_of_matmul_rate=5 * product / taken)
+    show(args, "sae", shape=[N, D, args.features], seconds=taken["step"], rows_per_second=N / taken["step"],
+         share_of_matmul_rate=5 * taken["product"] / taken["step"])
 
 
 def random_edits(args: argparse.Namespace, model: Pythia, layer: int) -> ppo.EditPolicy:
@@ -327,8 +327,19 @@ def bench_ppo(args: argparse.Namespace) -> None:
         show(args, "ppo iteration", policy=name, **shapes, seconds=s, **ratios)
 
 
+@torch.no_grad()
+def trunk_anew(policy: ppo.EditPolicy, tokens_BT: Tensor, mask_BT: Tensor, trunk: ppo.Trunk) -> ppo.Trunk:
+    """-> what `trunk` caches, computed again."""
+    resid_BTD, *seen = policy.model.trunk(tokens_BT[:, :-1], policy.lowest, mask_BT[:, :-1])
+    return ppo.Trunk(trunk.ref_hidden_BRD, resid_BTD, policy.edits[policy.lowest].encode(*seen))
+
+
+def uncached_hidden(policy: ppo.EditPolicy, cached: Callable, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: ppo.Trunk) -> Tensor:
+    return cached(tokens_BT, mask_BT, R, trunk_anew(policy, tokens_BT, mask_BT, trunk))
+
+
 def bench_update(args: argparse.Namespace) -> None:
-    """The update phase alone: coefficients from the cached trunk, the same uncached, all weights; and that the gradients agree."""
+    """The update phase alone: coefficients from the cached trunk; the same, with the layers up to the edited one run anew in every pass; all weights."""
     model = load(args)
     score_fn = reward_like(model)
     cfg = ppo.PPOConfig(episodes=args.episodes, response_tokens=args.response_tokens, epochs=1, minibatches=1, micro_batch=args.micro_batch,
@@ -337,9 +348,8 @@ def bench_update(args: argparse.Namespace) -> None:
             for name in ["coef", "coef uncached", *args.policies.replace("coef", "").strip(",").split(",")]}
     for name, run in runs.items():
         run.generate(), run.reference(), run.score()
-        if name == "coef uncached":                  # computes the trunk anew in every pass
-            cached = run.policy.hidden
-            run.policy.hidden = lambda tokens, mask, R, trunk, run=run, cached=cached: cached(tokens, mask, R, run.policy.observe(tokens, mask, R))
+        if name == "coef uncached":
+            run.policy.hidden = functools.partial(uncached_hidden, run.policy, run.policy.hidden)
     taken = seconds(args, **{name: run.update for name, run in runs.items()})
     for name, s in taken.items():
         show(args, "update", policy=name, layer=args.layer, layers_above=model.cfg.num_layers - 1 - args.layer, layers=model.cfg.num_layers,
@@ -554,6 +564,7 @@ def cross(args: argparse.Namespace) -> None:
         mixed.save(folder, model_name=cfg["model"], layer=layer, context=text.shape[1])
         figures = evaluate_sae(model, layer, mixed, text[64:])
         write_json(folder / "metrics.json", figures)                 # so that it counts as finished
+        write_json(folder / "config.json", cfg)
         print(json.dumps({"bench": "cross", "folder": str(folder), "l0": figures["l0"], "l1": figures["l1"]}))
 
 

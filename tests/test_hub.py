@@ -1,6 +1,8 @@
 """Downloads against two local servers in the layout of the Hugging Face hub: one that answers, one that large files are redirected to."""
 
+import errno
 import hashlib
+import http.client
 import os
 import resource
 import threading
@@ -204,7 +206,7 @@ def test_the_token_goes_to_the_first_host_only(hub, cache, monkeypatch):
             monkeypatch.setenv("HF_TOKEN", token)
         message = complaint(hub_file, REPO, "main", "large")
         assert "401" in message and "HF_TOKEN" in message and "hf_wrong" not in message and tree(cache) == set()
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_TOKEN", " hf_sec\nret\n")            # pasted in two lines
     hub.cuts = [100]                                             # a Range request is redirected, too
     hub.take()
     assert hub_file(REPO, "main", "large").read_bytes() == BYTES and hub_file(REPO, "main", "small").read_bytes() == b"{}"
@@ -258,6 +260,52 @@ def test_models_load_from_the_hub_once_and_then_offline(hub, tmp_path, monkeypat
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         for revision in ("main", COMMIT):
             assert torch.equal(Pythia.from_pretrained(REPO, revision=revision)(tokens_BT), model(tokens_BT)) and not hub.take()
+
+
+@pytest.mark.parametrize("why", ["offline", "unreachable"])
+def test_what_another_program_fetched_is_whole_without_a_network(hub, cache, tmp_path, monkeypatch, capsys, why):
+    """huggingface_hub marks an absent file only if it was asked for it: after transformers, nothing says that there is no index."""
+    model, tokens_BT = random_model(), random_tokens(2, 6)
+    model.save_pretrained(cache / "snapshots" / COMMIT)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setenv(*(("HF_HUB_OFFLINE", "1") if why == "offline" else ("HF_ENDPOINT", "http://127.0.0.1:9")))
+    assert torch.equal(Pythia.from_pretrained(REPO)(tokens_BT), model(tokens_BT)) and not hub.take()
+    (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
+    told = complaint(Pythia.from_pretrained, REPO)
+    assert "has neither model.safetensors" in told
+    assert "HF_HUB_OFFLINE is set" in told if why == "offline" else "pytorch_model.bin of acme/neo (main): not in the local cache" in capsys.readouterr().out
+
+
+def test_the_cache_is_where_huggingface_hub_has_it(hub, tmp_path, monkeypatch):
+    hub.files["f"] = b"{}"
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    for variable, value, place in (("HF_HUB_CACHE", "$SCRATCH/x", "scratch/x"), ("HF_HOME", "~/hf", "me/hf/hub"),
+                                   ("XDG_CACHE_HOME", str(tmp_path / "xdg"), "xdg/huggingface/hub"), ("HF_HOME", "", "me/.cache/huggingface/hub")):
+        for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(variable, value)
+        assert hub_file(REPO, "main", "f") == tmp_path / place / "models--acme--neo" / "snapshots" / COMMIT / "f"
+
+
+def test_an_empty_ref_is_as_none(hub, cache):
+    hub.files["f"] = b"{}"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").touch()
+    assert hub_file(REPO, "main", "f") and (cache / "refs" / "main").read_text() == COMMIT
+
+
+def test_a_network_that_fails_while_reading_is_no_full_disk(hub, monkeypatch):
+    hub.files["f"], read, left = BYTES, http.client.HTTPResponse.read, [1]
+
+    def failing(response, *size):
+        if size and left:
+            left.pop()
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+        return read(response, *size)
+    monkeypatch.setattr(http.client.HTTPResponse, "read", failing)
+    assert hub_file(REPO, "main", "f").read_bytes() == BYTES and not left          # it was taken up again
 
 
 def test_offline_names_file_and_place(hub, cache, monkeypatch):

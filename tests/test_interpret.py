@@ -242,7 +242,9 @@ def test_tokens_beyond_the_tokenizers_vocabulary():
     tokenizer.vocab_size = int(tokens_BT.max())                          # the largest token lies beyond it
     sae = SAE(model.cfg.hidden_size, 8, seeded()).requires_grad_(False)
     cards, _ = interpret.make_cards(model, tokenizer, 1, sae, [0, 1, 2], {}, tokens_BT, InterpretConfig(columns=4))
-    assert len(cards) == 3 and all(share <= 1 for card in cards for _, share in card.tokens)
+    assert len(cards) == 3 and all(card.tokens for card in cards)
+    shown = {token for card in cards for token, _ in [*card.tokens, *card.promoted, *card.suppressed]}
+    assert max(map(ord, shown)) < tokenizer.vocab_size
 
 
 def test_options_are_checked():

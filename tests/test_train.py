@@ -322,9 +322,13 @@ def test_lm_and_reward_stages(tmp_path):
     texts.write_text("".join(json.dumps({"text": f"a {'good' if i % 2 else 'bad'} film, number {i}, that I saw", "label": i % 2}) + "\n"
                              for i in range(80)))
     corpora = ["--corpus", str(texts), "--eval-corpus", str(texts), "--out", str(tmp_path)]
-    assert train.main(["--stage", "lm", *LM, *corpora]) == 0
-    lm = read_json(tmp_path / "lm" / "metrics.json")
-    assert lm["steps"] == 10 and 0 < lm["loss"] < 8.4
+    assert train.main(["--stage", "lm", *LM, "--lm-lr", "0.02", "--lm-warmup", "2", *corpora]) == 0
+    lm, (model, tokenizer) = read_json(tmp_path / "lm" / "metrics.json"), (kind.from_pretrained(tmp_path / "lm" / "model") for kind in (Pythia, Tokenizer))
+    assert lm["steps"] == 10 and lm["train_loss"] < 6                  # it learns: of 4,096 tokens, ln 4096 = 8.3 at the start
+    stream = [token for row in texts.read_text().splitlines() for token in (*tokenizer.encode(json.loads(row)["text"]), tokenizer.end_of_text)]
+    windows_BT = torch.tensor([[tokenizer.end_of_text, *stream[i:i + 15]] for i in range(0, len(stream) - 14, 15)])
+    logp_BTV = torch.log_softmax(model.float()(windows_BT[:, :-1]), -1)
+    assert lm["loss"] == pytest.approx(-logp_BTV.gather(-1, windows_BT[:, 1:, None]).mean().item(), rel=1e-4)
     assert train.main(["--stage", "reward", "--model", str(tmp_path / "lm" / "model"), "--reward-batch-size", "8", "--reward-max-tokens",
                        "16", "--reward-min-tokens", "8", *corpora]) == 0
     assert {"loss", "accuracy", "accuracy_32"} <= set(read_json(tmp_path / "reward" / "metrics.json"))
@@ -418,7 +422,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--reward", "tiny"], "head.weight"),
     (["--reward", "avoid:no-such-file"], "no-such-file"),
     (["--reward", ""], "--reward is needed"),
-    (["--reward", "prefer:some-file"], "not found"),
+    (["--reward", f"prefer:{ROOT / 'assets' / 'avoid.txt'}"], "not found"),
     (["--corpus", "caf\udce9.txt", "--stage", "sae"], "caf"),
     (["--prompts", "no-such-file"], "no-such-file"),
     (["--device", "abacus"], "--device abacus"),

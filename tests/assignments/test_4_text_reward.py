@@ -5,8 +5,8 @@
 
     score = how many *different* listed words the text has        whole words, any case; FILE has a word a line
 
-Write `prefer_words(path)`, which makes a function list[str] -> list[float], and give `load_reward` the name "prefer:FILE". A file that cannot be
-read, or lists no word, is a UserError of one line that names the file, as with `avoid:`.
+Write `prefer_words(path)`, which makes a function list[str] -> list[float], and give it a line in `TEXT_REWARDS`. A file that cannot be read, or
+lists no word, is a UserError of one line that names the file, as with `avoid:`.
 
 Hints: read `avoid_words`, and share with it what both need; `TextReward` does the rest (tokens to text, padding, a score for each beginning of the
 response); a set counts different things; a word may stand in the list twice, in capitals, and may hold a hyphen or an apostrophe. To go on: train
