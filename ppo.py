@@ -831,7 +831,8 @@ class Evaluation:
         sampled, mask_BR, kl_B = self.scored(rollout.tokens_BT, rollout.mask_BT), rollout.mask_BR, rollout.kl_BR.sum(1)
         rise_B, std = sampled.scores_B - self.reference.scores_B, spread(self.reference.scores_B)
         return sampled._replace(figures={
-            "score_ref": self.reference.scores_B.mean().item(), "score_ref_std": std.item(), "score_policy": sampled.scores_B.mean().item(),
+            "score_ref": self.reference.scores_B.mean().item(), "score_ref_std": self.reference.scores_B.std().item(),
+            "score_policy": sampled.scores_B.mean().item(),
             **self.mean_and_error("score_gain_std", rise_B / std), **self.mean_and_error("reward_loss", -F.logsigmoid(rise_B)),
             **self.mean_and_error("kl", kl_B), "entropy": masked_mean(rollout.entropy_BR, mask_BR).item(),
             "distinct_2": distinct_2(sampled, mask_BR.shape[1]), "ref_distinct_2": distinct_2(self.reference, mask_BR.shape[1]),

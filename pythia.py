@@ -89,7 +89,7 @@ def check_finite(where: str, optimizer: torch.optim.Optimizer | None = None, **q
     weights and the saved state are still good then."""
     if optimizer:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        quantities["gradient"] = torch.stack([torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients])
+        quantities["gradient"] = sum(torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients)
     for name, value in quantities.items():
         if not torch.as_tensor(value).isfinite().all():
             raise UserError(f"{where}: {name} is NaN or infinite; the step was not applied and the last saved state is good: "
@@ -530,12 +530,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """-> token ids; special tokens written out in the text are recognised."""
-        if len(text) > MAX_BLANK and re.search(rf"\s{{{MAX_BLANK}}}", text):
-            raise UserError(f"a text has {MAX_BLANK} white spaces in a row, too many for tiktoken: shorten them")
         ids: list[int] = []
         for raw, found_raw in split_at(self.raw_pattern, text):
             normal = unicodedata.normalize("NFC", raw) if self.nfc else raw
             for plain, found in split_at(self.normal_pattern, normal):
+                if len(plain) > MAX_BLANK and re.search(rf"(?<!\s)\s{{{MAX_BLANK}}}", plain):
+                    raise UserError(f"a text has {MAX_BLANK} white spaces in a row, too many for tiktoken: shorten them")
                 ids += self.encoding.encode_ordinary(plain)
                 if found:
                     ids.append(self.added_ids[found])
@@ -581,6 +581,7 @@ def pad(rows: list[list[int]], pad_id: int = 0, side: str = "right", device: str
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")     # in old files; constants, made anew here
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")                             # one file, or an index NAME.index.json of several
 MAX_HEADER = 10_000_000                              # bytes, of 100,000 tensors; once parsed it takes up to 30 times the memory
 
 
@@ -708,7 +709,7 @@ def read_weights(files: "CheckpointFiles") -> Iterator[tuple[str, Tensor]]:
     """-> names and tensors of a checkpoint, from one mapped shard after the other: safetensors, or where there is none, PyTorch's .bin files, whose
     pickles may hold nothing but tensors. An index is trusted, a lone shard without one is not: repositories exist that hold a partial
     safetensors shard beside complete .bin files."""
-    for whole in ("model.safetensors", "pytorch_model.bin"):
+    for whole in WEIGHTS:
         if index := files.find(whole + ".index.json"):
             with reading(index, "has no weight_map of plain file names"):
                 shards = sorted(set(read_json(index)["weight_map"].values()))
@@ -768,8 +769,7 @@ class CheckpointFiles:
             raise UserError(f"model {self.name!r} not found: it is no folder, no embedded model ({names}), no pythia-SIZE and no OWNER/NAME")
 
     def __str__(self) -> str:
-        hub = f"{self.repo} ({self.revision}" + ("; HF_HUB_OFFLINE is set: unset it to look further than the local cache)" if offline() else ")")
-        return str(self.folder or hub)
+        return str(self.folder or f"{self.repo} ({self.revision})")
 
     def find(self, name: str) -> Path | None:
         """-> the path of a file, or None where the checkpoint has no such file."""
@@ -788,7 +788,7 @@ def hub_file(repo: str, revision: str, name: str) -> Path | None:
     """-> a file of a Hugging Face repository in the local cache, downloaded where it is not there; None: the repository lacks it.
 
     The cache has the layout of huggingface_hub (refs/REVISION names a commit, snapshots/COMMIT/FILE links to blobs/ETAG), so that either
-    finds what the other fetched. HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured.
+    finds what the other fetched. HF_HOME, HF_HUB_CACHE, XDG_CACHE_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured.
     """
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = os.path.expandvars(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
@@ -797,35 +797,19 @@ def hub_file(repo: str, revision: str, name: str) -> Path | None:
     commit = (ref.is_file() and ref.read_text().strip()) or revision
     if (path := root / "snapshots" / commit / name).is_file():
         return path
-    if (root / ".no_exist" / commit / name).is_file():
+    # Who fetched the weights in one form need not have marked that the repository lacks the others.
+    forms = {path.with_name(whole + end) for whole in WEIGHTS for end in ("", ".index.json")}
+    if (root / ".no_exist" / commit / name).is_file() or path in forms and any(p.is_file() for p in forms - {path.with_name(f"{name}.index.json")}):
         return None
     what, endpoint = f"{name} of {repo} ({revision})", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    fetched = (root / "snapshots" / commit).is_dir()
-    if offline():
-        if fetched:                                  # by another program, which need not have marked what the repository lacks
-            return None
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{what} is not at {path} and HF_HUB_OFFLINE is set: unset it, or fetch the file on a machine with a network "
                         f"and copy {root}")
     locks = root.parent / ".locks" / root.name
     locks.mkdir(parents=True, exist_ok=True)
     with open(locks / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)             # other processes wait, and then find the file fetched
-        try:
-            return fetch_file(f"{endpoint}/{repo}/resolve/{urllib.parse.quote(commit, safe='')}/{name}", what, root, ref, name)
-        except Unreachable as error:
-            if not fetched:
-                raise
-            print(f"{error}; taken for one that the repository lacks")
-            return None
-
-
-def offline() -> bool:
-    """-> whether HF_HUB_OFFLINE is set."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-
-
-class Unreachable(UserError):
-    """The hub could not be asked."""
+        return fetch_file(f"{endpoint}/{repo}/resolve/{urllib.parse.quote(commit, safe='')}/{name}", what, root, ref, name)
 
 
 def fetch_file(url: str, what: str, root: Path, ref: Path, name: str) -> Path | None:
@@ -884,7 +868,7 @@ def hub_request(url: str, what: str, method: str = "GET", start: int = 0) -> htt
         hint = "; is the name right, HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else ""
         raise UserError(f"{what}: {url} answered {answer.code} {answer.reason}{hint}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:          # ValueError: an HF_ENDPOINT that is no address
-        raise Unreachable(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
+        raise UserError(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
 
 
 def received(response: http.client.HTTPResponse) -> Iterator[bytes]:

@@ -299,7 +299,7 @@ def avoid_words(path: str | Path) -> Callable[[list[str]], list[float]]:
     if not words:
         raise UserError(f"{path}: lists no word")
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
-    return lambda texts: [float(-len(pattern.findall(text))) for text in texts]
+    return lambda texts: [float(-len(pattern.findall(unicodedata.normalize("NFC", text)))) for text in texts]
 
 
 TEXT_REWARDS = {"avoid": avoid_words}                # KIND -> what makes a function of texts of FILE, for `--reward KIND:FILE`

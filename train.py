@@ -131,6 +131,8 @@ class CompareConfig:
         check_positive(self, "compare", "seeds")
         if not self.names() or not all(kl > 0 for kl in self.kls):
             raise UserError("--compare-runs needs a policy or more, and --compare-kls numbers above 0")
+        with reading("--compare-runs", "not readable as options"):
+            shlex.split(self.runs)
 
     def names(self) -> list[str]:
         """-> the runs one by one."""
@@ -146,7 +148,9 @@ def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: "Run") -> d
                     for seed in range(cfg.seeds)] for name in names}
     folders = {name: [folder_of(cell, "rlhf") for cell in cells[name]] for name in names}
     if len({folder for some in folders.values() for folder in some}) < len(names) * cfg.seeds:
-        raise UserError("--compare-runs: two of them would share a folder, in whose name .2 is 2, and 2e+3 is 2e-3: write one otherwise")
+        raise UserError("--compare-runs: two of them would share a folder: they are the same, or differ in signs or capitals alone")
+    for cell in itertools.chain(*cells.values()):
+        check_inputs(cell)
     for seed in range(cfg.seeds):                    # so that an early end leaves as many of each
         for name in names:
             run_if_unfinished(cells[name][seed], "rlhf")
@@ -185,6 +189,8 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
     variants = {(objective, l0): [variant(args, ["--sae-objective", objective, "--sae-l0", f"{l0:g}", "--seed", str(seed), "--out",
                                                  f"{args.out}/sweep-{objective}-{l0:g}-{seed}"], [args.tag]) for seed in range(cfg.seeds)]
                 for objective, l0 in itertools.product(cfg.objectives, cfg.l0)}          # all, so that a wrong one is told before the first is run
+    if cfg.rlhf:
+        check_inputs(args)
     rows = []
     for (objective, l0), cells in variants.items():
         for cell, stage in itertools.product(cells, stages):
@@ -303,7 +309,7 @@ def missing_saes(args: argparse.Namespace) -> list[int]:
     wanted = json.loads(json.dumps(dataclasses.asdict(args.configs["sae"])))
     finished = [layer for layer in args.layers if (sae_folder(args, layer) / "metrics.json").exists()]
     for folder in (sae_folder(args, layer) for layer in finished):
-        config = read_json(folder / "config.json")
+        config = read_json(folder / "config.json") if given else {}
         if changed := sorted(name for name in given if config.get(name, wanted[name]) != wanted[name]):
             raise UserError(f"{folder} was made with another {', '.join(changed)}: leave the option out to take it, or choose another --out")
     return [layer for layer in args.layers if layer not in finished]
@@ -444,10 +450,11 @@ def read_pairs(path: str, half: int, generator: torch.Generator) -> tuple[list[r
 
 def read_prompts(path: str) -> list[str]:
     """-> the non-empty lines of a text file, or the prompts of a file of preference pairs (.jsonl, .jsonl.gz), each once."""
+    path = located(path)
     if path.endswith((".jsonl", ".jsonl.gz")):
         return list(dict.fromkeys(pair.prompt for pair in reward.load_preferences(path)[0]))
     with reading(path, "not readable as a list of prompts"):
-        lines = [line.strip() for line in Path(located(path)).read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: holds no prompt")
     return lines
@@ -790,7 +797,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     choose_layers(args)
     finished = folder_of(args, "rlhf")
     if args.stage == "interpret" and (finished / "metrics.json").exists():         # the layers that the run edited, whatever --layer says
-        args.layers = json.loads(read_json(finished / "config.json")["layers"])
+        with reading(finished / "config.json", "states no layers"):
+            args.layers = json.loads(read_json(finished / "config.json")["layers"])
+    for path in filter(None, (args.corpus, args.eval_corpus)):
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such file (--corpus, --eval-corpus)")
     return args
 
 
@@ -821,9 +832,10 @@ def run_config(args: argparse.Namespace, stage: str) -> dict:
 
 
 def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
-    """-> hashes of the files that a stage's options name, and of those that earlier stages made for this one: coefficients mean nothing on
+    """-> hashes of the text files that a stage's options name, and of what earlier stages made for this one: coefficients mean nothing on
     another SAE than they were learned on."""
-    named = [str(getattr(args, name) or "").rpartition(":")[2] for name in FILES if name in DEPENDS[stage]]         # KIND:FILE, FILE or a model
+    named = [getattr(args, name) or "" for name in FILES if name in DEPENDS[stage]]
+    named = [name.partition(":")[2] if name.partition(":")[0] in reward.TEXT_REWARDS else name for name in named]          # KIND:FILE
     files = []
     if stage in ("rlhf", "interpret") and args.policy in ppo.NEED_SAE:
         files += [sae_folder(args, layer) / "sae_weights.safetensors" for layer in args.layers]
@@ -842,7 +854,7 @@ def located(path: str) -> str:
 def check_unchanged(args: argparse.Namespace, folder: Path, config: dict) -> None:
     """UserError where a finished run of --policy coef was made with other files than lie there now."""
     made_with = argparse.Namespace(**vars(args) | {name: config[name] for name in FILES if name in config})
-    changed = [name.removeprefix("sha256 of ") for name, value in inputs(made_with, "rlhf").items() if config.get(name) != value]
+    changed = [name.removeprefix("sha256 of ") for name, value in inputs(made_with, "rlhf").items() if config.get(name, value) != value]
     if changed:
         raise UserError(f"{folder}: its coefficients were learned with another {', '.join(changed)} than lies there now: train again, with a --tag")
 
@@ -854,7 +866,7 @@ def sha256(path: str | Path) -> str:
 
 
 def run_stage(stage: str, args: argparse.Namespace) -> dict:
-    """Run one stage in its folder, or take its figures from there where it is finished and --resume was given."""
+    """Run one stage in its folder, or take its figures from there where it is finished and --resume was given (not of a comparison)."""
     function, cfg = STAGES[stage][0], args.configs[stage]
     with Run(folder_of(args, stage), run_config(args, stage), args.resume) as run:
         if (run.folder / "metrics.json").exists() and stage not in PARTS:      # a comparison is made anew, of runs that may be other ones now
@@ -888,6 +900,8 @@ def check_inputs(args: argparse.Namespace) -> None:
     ppo.check_policy(args.policy, args.edit, args.configs["rlhf"])
     for path in (args.prompts, args.eval_prompts):
         read_prompts(path)
+    if args.policy in ppo.NEED_SAE:
+        missing_saes(args)
     for name in filter(None, (required(args.reward, "--reward"), args.gold)):
         kind, colon, path = name.partition(":")      # KIND:FILE, or a model
         if colon and kind in reward.TEXT_REWARDS:

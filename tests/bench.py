@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
@@ -565,6 +566,7 @@ def cross(args: argparse.Namespace) -> None:
         figures = evaluate_sae(model, layer, mixed, text[64:])
         write_json(folder / "metrics.json", figures)                 # so that it counts as finished
         write_json(folder / "config.json", cfg)
+        shutil.copy(args.run / "text.safetensors", folder)
         print(json.dumps({"bench": "cross", "folder": str(folder), "l0": figures["l0"], "l1": figures["l1"]}))
 
 
@@ -574,7 +576,8 @@ def crowd(args: argparse.Namespace) -> None:
     config = read_json(args.rlhf / "config.json")
     told = train.resolve(train.parse(["--policy", config["policy"], "--layer", config["layers"].strip("[]"), "--seed", config["seed"],
                                       "--out", str(args.rlhf.parent), "--dtype", "float32"]))
-    (model, tokenizer), cfg, (layer,) = train.load_model(told), told.configs["rlhf"], told.layers
+    (model, tokenizer), (layer,) = train.load_model(told), told.layers
+    cfg = ppo.PPOConfig(**{f.name: config[f.name] for f in dataclasses.fields(ppo.PPOConfig) if f.name in config} | {"keep": 0})
     policy = ppo.make_policy(told.policy, model, told.layers, train.load_saes(told, model), cfg, config["edit"])
     policy.load_state_dict(read_safetensors(args.rlhf / "policy.safetensors"))
     prompts = train.load_prompts(config["eval_prompts"], model, tokenizer, cfg, cfg.eval_size)

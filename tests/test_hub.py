@@ -262,19 +262,31 @@ def test_models_load_from_the_hub_once_and_then_offline(hub, tmp_path, monkeypat
             assert torch.equal(Pythia.from_pretrained(REPO, revision=revision)(tokens_BT), model(tokens_BT)) and not hub.take()
 
 
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("why", ["offline", "unreachable"])
-def test_what_another_program_fetched_is_whole_without_a_network(hub, cache, tmp_path, monkeypatch, capsys, why):
+def test_what_another_program_fetched_is_whole_without_a_network(hub, cache, monkeypatch, why, form):
     """huggingface_hub marks an absent file only if it was asked for it: after transformers, nothing says that there is no index."""
-    model, tokens_BT = random_model(), random_tokens(2, 6)
-    model.save_pretrained(cache / "snapshots" / COMMIT)
+    model, tokens_BT, snapshot = random_model(), random_tokens(2, 6), cache / "snapshots" / COMMIT
+    model.save_pretrained(snapshot)
+    if form.endswith("bin"):
+        torch.save(read_safetensors(snapshot / "model.safetensors"), snapshot / form)
+        (snapshot / "model.safetensors").unlink()
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(COMMIT)
     monkeypatch.setenv(*(("HF_HUB_OFFLINE", "1") if why == "offline" else ("HF_ENDPOINT", "http://127.0.0.1:9")))
     assert torch.equal(Pythia.from_pretrained(REPO)(tokens_BT), model(tokens_BT)) and not hub.take()
-    (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
+    (snapshot / form).unlink()                       # fetched in part: what is missing is not absent, it could not be asked for
     told = complaint(Pythia.from_pretrained, REPO)
-    assert "has neither model.safetensors" in told
-    assert "HF_HUB_OFFLINE is set" in told if why == "offline" else "pytorch_model.bin of acme/neo (main): not in the local cache" in capsys.readouterr().out
+    assert "model.safetensors.index.json of acme/neo (main)" in told and ("HF_HUB_OFFLINE is set" if why == "offline" else "cannot be reached") in told
+
+
+def test_other_weights_are_not_taken_where_the_hub_fails_to_answer(hub, cache, tmp_path, monkeypatch):
+    random_model().save_pretrained(tmp_path / "model")
+    hub.add(tmp_path / "model")
+    hub.files["pytorch_model.bin"] = b"others"
+    hub_file(REPO, "main", "config.json")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "model.safetensors.index.json of acme/neo (main): not in the local cache" in complaint(Pythia.from_pretrained, REPO)
 
 
 def test_the_cache_is_where_huggingface_hub_has_it(hub, tmp_path, monkeypatch):

@@ -470,7 +470,8 @@ def test_a_score_that_the_reference_never_earns_keeps_its_own_units():
     assert standardize(torch.tensor([3.0, 2.0])).tolist() == [0.0, -1.0]
     evaluation = Evaluation(random_model(), prompts(), lambda tokens_BT, mask_BT: torch.zeros(len(tokens_BT)), CFG, seed=5)
     evaluation.score_fn = lambda tokens_BT, mask_BT: torch.full((len(tokens_BT),), -2.0)
-    assert evaluation(random_policy("coef", random_model())).figures["score_gain_std"] == -2
+    figures = evaluation(random_policy("coef", random_model())).figures
+    assert figures["score_gain_std"] == -2 and figures["score_ref_std"] == 0
     assert evaluation.gain_by(sevens, evaluation.reference, "gold")["gold_gain_std"] == 0
 
 
@@ -544,7 +545,7 @@ def test_training_learns_a_planted_reward(tmp_path, name, edit, lr):
     evaluation, run = Evaluation(model, prompts(), sevens, cfg, seed=1), Run(tmp_path / "x", {}, resume=False)
     train_ppo(policy, prompts(), sevens, cfg, run, torch.Generator().manual_seed(0))
     figures, rows = evaluation(policy).figures, run.rows()
-    assert figures["score_ref"] < 0.2 and figures["score_policy"] > 1.5 and figures["score_gain_std"] > 5 and figures["kl"] > 1
+    assert figures["score_ref"] < 0.2 and figures["score_policy"] > 1.5 and figures["score_gain_std"] > 1.5 and figures["kl"] > 1
     assert [row["step"] for row in rows] == list(range(10))
     now = {name: p.clone() for name, p in policy.state_dict().items()}
     shares, points = zip(*evaluation.frontier(policy))

@@ -514,3 +514,5 @@ def test_more_white_space_than_tiktoken_bears_is_one_line():
     tokenizer = Tokenizer.from_pretrained("tiny")
     assert tokenizer.encode("a" + "\n" * 499_999 + "b")[1:-1] == tokenizer.encode("\n") * 499_999
     assert "white spaces in a row" in complaint(tokenizer.encode, "a" + "\n" * 1_100_000)
+    assert len(tokenizer.encode(" " * 1_200_000)) == 50_000          # added tokens cut runs of spaces: here of 24
+    assert len(tokenizer.encode(("a" + "\n" * 100_000) * 8)) == 800_008

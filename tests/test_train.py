@@ -135,6 +135,14 @@ def test_a_word_list_that_changed_is_another_reward(whole, tmp_path, capsys):
     assert run("--stage", "interpret", out=tmp_path) == 2 and f"learned with another {words} than" in capsys.readouterr().err
 
 
+def test_a_path_with_a_colon_is_hashed_too(whole, tmp_path):
+    path = tmp_path / "a:b.txt"
+    path.write_text("bad\n")
+    for options in (["--corpus", str(path), "--stage", "sae"], ["--reward", f"avoid:{path}", "--stage", "rlhf"]):
+        args = train.resolve(train.parse([*options, "--out", str(whole)]))
+        assert f"sha256 of {path}" in train.run_config(args, args.stage)
+
+
 def test_a_report_of_another_layer_than_the_middle_one(whole, tmp_path):
     assert run(*few_prompts(tmp_path), "--stage", "rlhf", "--layer", "1", "--tag", "t", out=tmp_path) == 0
     assert run("--stage", "interpret", "--tag", "t", "--interpret-checks", "0", out=tmp_path) == 0
@@ -429,6 +437,10 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--stage", "lm"], "--corpus"),
     (["--stage", "interpret"], "--stage sae"),
     (["--corpus", "no-such-file.txt", "--stage", "sae"], "no-such-file.txt"),
+    (["--stage", "lm", "--corpus", str(ROOT / "assets" / "prompts.txt"), "--eval-corpus", "no-such-file.txt"], "no-such-file.txt: no such file"),
+    (["--stage", "compare", "--compare-runs", "coef --tag it's"], "--compare-runs"),
+    (["--stage", "compare", "--compare-runs", "steer; coef --reward avoid:no-such-file"], "no-such-file"),
+    (["--stage", "sweep", "--reward", "avoid:no-such-file"], "no-such-file"),
     (["--rlhf-episodes", "10", "--rlhf-minibatches", "4"], "--rlhf-episodes"),
     (["--rlhf-eval-size", "1"], "--eval-prompts"),
     (["--rlhf-lr", "nan"], "--rlhf-lr"),
