@@ -391,7 +391,7 @@ with pretend_gpu.PretendGPU():
 @pretends
 def test_memory_is_counted_as_tensors_come_and_go():
     code = """
-import torch, memory
+import torch, memory, pretend_gpu
 memory.count()
 with memory.PretendGPU():
     a = torch.empty(1000, 1000, device="pretend:0", requires_grad=True)
@@ -401,6 +401,7 @@ with memory.PretendGPU():
     b.sum().backward()
     del b
     assert memory.COUNTER.now == 2 * 4_000_256 and a.grad.shape == a.shape
+pretend_gpu.leave(0)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "tests")
 
