@@ -682,6 +682,8 @@ def load_state(path: str | Path) -> dict:
     """Read what torch.save wrote; never runs code from the file."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))        # the older format cannot be mapped
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:                       # torch raises many kinds, which mean the same here but where memory is short
