@@ -305,6 +305,12 @@ def avoid_words(path: str | Path) -> Callable[[list[str]], list[float]]:
 TEXT_REWARDS = {"avoid": avoid_words}                # KIND -> what makes a function of texts of FILE, for `--reward KIND:FILE`
 
 
+def text_reward(name: str) -> tuple[Callable[[str], Callable] | None, str]:
+    """-> of KIND:FILE what makes the function, and FILE; of a model's name None, and the name."""
+    kind, colon, path = name.partition(":")
+    return (TEXT_REWARDS[kind], path) if colon and kind in TEXT_REWARDS else (None, name)
+
+
 class ThroughText:
     """A reward model whose tokenizer differs from the policy's: ids are decoded to text, special tokens written out, and encoded anew.
 
@@ -332,9 +338,9 @@ def oasst_dialogue(text: str) -> str:
 
 def load_reward(name: str, tokenizer: Tokenizer, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> ScoreFn:
     """-> the score_fn of `--reward`: a reward model's folder or name, or KIND:FILE of `TEXT_REWARDS`. `tokenizer` is the policy's."""
-    kind, colon, path = name.partition(":")
-    if colon and kind in TEXT_REWARDS:
-        return TextReward(TEXT_REWARDS[kind](path), tokenizer)
+    make, path = text_reward(name)
+    if make:
+        return TextReward(make(path), tokenizer)
     model, own = RewardModel.from_pretrained(name, dtype=dtype, device=device), Tokenizer.from_pretrained(name)
     own.check_fits(model, name)
     same = own.config["model"]["vocab"] == tokenizer.config["model"]["vocab"] and own.added_ids == tokenizer.added_ids

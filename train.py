@@ -834,8 +834,7 @@ def run_config(args: argparse.Namespace, stage: str) -> dict:
 def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
     """-> hashes of the text files that a stage's options name, and of what earlier stages made for this one: coefficients mean nothing on
     another SAE than they were learned on."""
-    named = [getattr(args, name) or "" for name in FILES if name in DEPENDS[stage]]
-    named = [name.partition(":")[2] if name.partition(":")[0] in reward.TEXT_REWARDS else name for name in named]          # KIND:FILE
+    named = [reward.text_reward(getattr(args, name) or "")[1] for name in FILES if name in DEPENDS[stage]]
     files = []
     if stage in ("rlhf", "interpret") and args.policy in ppo.NEED_SAE:
         files += [sae_folder(args, layer) / "sae_weights.safetensors" for layer in args.layers]
@@ -903,9 +902,9 @@ def check_inputs(args: argparse.Namespace) -> None:
     if args.policy in ppo.NEED_SAE:
         missing_saes(args)
     for name in filter(None, (required(args.reward, "--reward"), args.gold)):
-        kind, colon, path = name.partition(":")      # KIND:FILE, or a model
-        if colon and kind in reward.TEXT_REWARDS:
-            reward.TEXT_REWARDS[kind](path)
+        make, path = reward.text_reward(name)
+        if make:
+            make(path)
         else:
             CheckpointFiles(name).need("config.json")
 
