@@ -190,7 +190,7 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
                                                  f"{args.out}/sweep-{objective}-{l0:g}-{seed}"], [args.tag]) for seed in range(cfg.seeds)]
                 for objective, l0 in itertools.product(cfg.objectives, cfg.l0)}          # all, so that a wrong one is told before the first is run
     if cfg.rlhf:
-        check_inputs(args)
+        check_inputs(next(iter(variants.values()))[0])             # of one cell: they differ in their SAEs alone, each in its own folder
     rows = []
     for (objective, l0), cells in variants.items():
         for cell, stage in itertools.product(cells, stages):

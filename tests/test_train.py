@@ -310,6 +310,8 @@ def test_sweep_trains_each_cell_once(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "sample_windows", lambda *about: sampled.append(about) or sample_windows(*about))
     options = [*few_prompts(tmp_path), "--layer", "1", "--interpret-features", "2", "--interpret-checks", "0",
                "--stage", "sweep", "--sweep-objectives", "l1,topk", "--sweep-l0", "5", "--sweep-seeds", "1", "--sweep-kl", "0.001"]
+    for name, content in (("metrics", {}), ("config", {"tokens": 1})):           # an SAE with other options beside it, which a sweep does not use
+        write_json(tmp_path / "sae-1" / f"{name}.json", content)
     assert run(*options, out=tmp_path) == 0
     rows = read_json(tmp_path / "sweep" / "metrics.json")["cells"]
     assert [row["objective"] for row in rows] == ["l1", "topk"] and rows[1]["l0"] == pytest.approx(5, abs=0.5) and "gain at 0.001" in rows[0]
