@@ -467,7 +467,7 @@ def test_misuse_is_one_clear_line(options, told, tmp_path, capsys, monkeypatch):
     assert run(*options, out=tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and told in error
-    assert not (tmp_path / "out" / "rlhf-coef").exists() and not list((tmp_path / "out").glob("sweep-*"))
+    assert not [*(tmp_path / "out").glob("rlhf-*"), *(tmp_path / "out").glob("sweep-*")]
     if options[0] in ("--reward", "--prompts") and options[1] != "tiny":
         assert not (tmp_path / "out" / "sae").exists()           # told before the SAE is trained
 
