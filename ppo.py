@@ -636,7 +636,6 @@ def update_policy(policy: Policy, critic: Critic, optimizer: torch.optim.Optimiz
     size, figures = cfg.episodes // cfg.minibatches, []
     for _ in range(cfg.epochs):
         for rows in torch.randperm(cfg.episodes, generator=generator).to(advantages_BR.device).split(size):
-            optimizer.zero_grad()
             for micro in rows.split(cfg.micro_batch):              # gradients add up over micro-batches
                 batch = select(rollout, micro)
                 logprobs_BR = response_logprobs(policy, batch, cfg)
@@ -650,6 +649,7 @@ def update_policy(policy: Policy, critic: Critic, optimizer: torch.optim.Optimiz
                 if name in learns:                   # a number whose gradient was always 0 stays *exactly* where it is in Adam
                     p.grad *= learns[name].to(p.device)
             optimizer.step()
+            optimizer.zero_grad()                    # frees the gradients, which nobody needs while responses are sampled
     means = torch.stack(figures).sum(0) / (cfg.epochs * cfg.minibatches)
     return dict(zip(Losses._fields, means.tolist()))
 

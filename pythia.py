@@ -13,6 +13,7 @@ References:
 """
 
 import contextlib
+import copy
 import fcntl
 import functools
 import gzip
@@ -172,6 +173,9 @@ ROPE_NAMES = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_base"
 
 # -------------------------------------------------------------------------------------------------------------------- model
 
+Positions = slice | Tensor               # of tokens; a tensor of one, (1,), where a CUDA graph is to find another value each time it is run
+
+
 class Rotary:
     """Turn pair i of the n = rotary_dims / 2 pairs (a, b) of a query's or key's dimensions by the angle position · base^(−i/n), so that
     attention depends on distances alone. `a` is the first half of the rotated dimensions and `b` the second; the rest passes through.
@@ -182,15 +186,19 @@ class Rotary:
         exponent = torch.arange(0, cfg.rotary_dims, 2, device=device, dtype=torch.float32) / cfg.rotary_dims
         angle_TP = torch.outer(torch.arange(num_positions, device=device, dtype=torch.float32), float(cfg.rotary_base) ** -exponent)
         self.dims = cfg.rotary_dims
-        self.cos_TP = angle_TP.cos().to(dtype)       # P: pairs
-        self.sin_TP = angle_TP.sin().to(dtype)
+        self.cos_T11P = angle_TP[:, None, None].cos().to(dtype)    # P: pairs
+        self.sin_T11P = angle_TP[:, None, None].sin().to(dtype)
 
-    def __call__(self, x_BTH2K: Tensor, start: int) -> Tensor:
-        """Turn queries and keys (2) of tokens `start` and on."""
-        positions = slice(start, start + x_BTH2K.shape[1])
-        cos, sin = self.cos_TP[positions, None, None], self.sin_TP[positions, None, None]
+    def at(self, where: Positions) -> "Rotary":
+        """-> the same for the tokens at `where` alone."""
+        part = copy.copy(self)
+        part.cos_T11P, part.sin_T11P = self.cos_T11P[where], self.sin_T11P[where]
+        return part
+
+    def __call__(self, x_BTH2K: Tensor) -> Tensor:
+        """Turn queries and keys (2) of all T tokens."""
         a, b, rest = x_BTH2K.tensor_split((self.dims // 2, self.dims), dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+        return torch.cat([a * self.cos_T11P - b * self.sin_T11P, b * self.cos_T11P + a * self.sin_T11P, rest], dim=-1)
 
 
 class KVCache:
@@ -198,16 +206,16 @@ class KVCache:
 
     def __init__(self, cfg: PythiaConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype):
         shape = (2, cfg.num_layers, batch, cfg.num_heads, max_tokens, cfg.head_size)
-        self.key_LBHSK, self.value_LBHSK = torch.empty(shape, device=device, dtype=dtype)
+        self.key_LBHSK, self.value_LBHSK = torch.zeros(shape, device=device, dtype=dtype)      # not empty: what is masked must not be NaN, either
         self.rotary = Rotary(cfg, max_tokens, device, dtype)
-        self.length = 0                              # tokens held; moved on by Pythia once all layers have appended
+        self.where: Positions = slice(0, 0)          # of the tokens that are being run
 
     def append(self, layer: int, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens of `layer`; -> keys and values of all tokens so far, as views."""
-        stop = self.length + key_BHTK.shape[2]
-        self.key_LBHSK[layer, :, :, self.length:stop] = key_BHTK
-        self.value_LBHSK[layer, :, :, self.length:stop] = value_BHTK
-        return self.key_LBHSK[layer, :, :, :stop], self.value_LBHSK[layer, :, :, :stop]
+        """Store the new tokens of `layer` -> keys and values of all tokens so far, or (`where` a tensor) that there is room for, as views."""
+        key_BHSK, value_BHSK = self.key_LBHSK[layer], self.value_LBHSK[layer]
+        key_BHSK[:, :, self.where], value_BHSK[:, :, self.where] = key_BHTK, value_BHTK
+        stop = self.where.stop if isinstance(self.where, slice) else None
+        return key_BHSK[:, :, :stop], value_BHSK[:, :, :stop]
 
 
 class Linear(nn.Linear):
@@ -235,7 +243,7 @@ class Attention(nn.Module):
         # The fused projection is laid out (head, [q k v], head size), not (q k v, head, head size) as elsewhere: read it
         # the other way round and everything still runs, on garbage.
         qkv_BTH3K = self.query_key_value(x_BTD).view(B, T, self.num_heads, 3, -1)
-        turned_BTH2K = rotary(qkv_BTH3K[..., :2, :], cache.length if cache else 0)
+        turned_BTH2K = rotary(qkv_BTH3K[..., :2, :])
         query_BHTK, key_BHSK, value_BHSK = (x_BTHK.transpose(1, 2) for x_BTHK in (*turned_BTH2K.unbind(3), qkv_BTH3K[..., 2, :]))
         if cache:
             key_BHSK, value_BHSK = cache.append(self.layer, key_BHSK, value_BHSK)
@@ -348,20 +356,18 @@ class Pythia(nn.Module):
         """Run `layers` on the residual stream x_BTD -> the stream after them, and the last one's mlp_BTD and neurons_BTM. To a list `record`
         is appended the triple that `trunk` returns for the lowest edited layer, so that PPO need not run the layers up to it again."""
         T = x_BTD.shape[1]
-        rotary = cache.rotary if cache else Rotary(self.cfg, T, x_BTD.device, x_BTD.dtype)
-        attend_BHTS = attention_mask(mask_BT, T)
+        rotary = cache.rotary.at(cache.where) if cache else Rotary(self.cfg, T, x_BTD.device, x_BTD.dtype)
+        attend_BHTS = attention_mask(mask_BT, cache.where if cache else slice(0, T), x_BTD.dtype)
         mlp_BTD = neurons_BTM = None
         for layer in layers:
             block = self.gpt_neox.layers[layer]
             if self.recompute and torch.is_grad_enabled():
-                block = functools.partial(checkpoint, block, use_reentrant=False)
+                block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)       # nothing is random here
             x_BTD, mlp_BTD, neurons_BTM = block(x_BTD, rotary, attend_BHTS, cache, last if layer == layers[-1] else 0)
             if edits and layer in edits:
                 if record is not None and layer == min(edits):
                     record.append((x_BTD, mlp_BTD, neurons_BTM))
                 x_BTD = x_BTD + edits[layer](mlp_BTD, neurons_BTM)
-        if cache:
-            cache.length += T
         return x_BTD[:, -last:], mlp_BTD, neurons_BTM              # cut here where there was no layer to run
 
     def check_layer(self, layer: int) -> int:
@@ -384,19 +390,27 @@ class Pythia(nn.Module):
         B, T = prompt_BT.shape
         if mask_BT is not None and not mask_BT[:, -1].all():
             raise ValueError("generate needs left-padded prompts: the last column of the mask must be all 1")
-        total = T + max_new_tokens
+        S, record = T + max_new_tokens, [] if record is None else record
         uniform_BR = 1 - torch.rand(B, max_new_tokens, generator=generator, device=generator.device if generator else "cpu").to(self.device)
-        tokens_BT = F.pad(prompt_BT, (0, max_new_tokens))
-        mask_BT = None if mask_BT is None or mask_BT.all() else F.pad(mask_BT, (0, max_new_tokens), value=1)
-        cache = KVCache(self.cfg, B, total, self.device, self.dtype)
-        for step in range(T, total):
-            new = slice(cache.length, step)          # the whole prompt at first, then one token at a time
-            x_BTD = self.gpt_neox.embed_in(tokens_BT[:, new])
-            past_mask_BS = None if mask_BT is None else mask_BT[:, :step]
-            x_BTD = self._run(x_BTD, range(self.cfg.num_layers), past_mask_BS, edits, cache, record=record)[0]
+        uniform_BS, tokens_BS = F.pad(uniform_BR, (T, 0)), F.pad(prompt_BT, (0, max_new_tokens))
+        mask_BS = None if mask_BT is None or mask_BT.all() else F.pad(mask_BT, (0, max_new_tokens), value=1)
+        cache = KVCache(self.cfg, B, -(-S // 8) * 8, self.device, self.dtype)        # CUDA's attention kernels want masks of a multiple of 8
+
+        def draw(new: Positions, after: Positions, past_mask_BS: Tensor | None) -> list:
+            """Run the tokens at `new`, and draw those at `after` -> what `record` gets."""
+            cache.where, seen = new, []
+            x_BTD = self._run(self.gpt_neox.embed_in(tokens_BS[:, new]), range(self.cfg.num_layers), past_mask_BS, edits, cache, record=seen)[0]
             logits_BTV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1:]))
-            tokens_BT[:, step] = sample(logits_BTV[:, 0], temperature, uniform_BR[:, step - T])
-        return tokens_BT
+            tokens_BS[:, after] = sample(logits_BTV[:, 0], temperature, uniform_BS[:, after].squeeze(1))[:, None]
+            return seen
+
+        record += draw(slice(0, T), slice(T, T + 1), None if mask_BS is None else mask_BS[:, :T])
+        if use_graphs(self.device):
+            record += draw_by_graph(draw, T, S, F.pad(torch.ones_like(tokens_BS[:1]) if mask_BS is None else mask_BS, (0, -S % 8)))
+        else:
+            for step in range(T + 1, S):
+                record += draw(slice(step - 1, step), slice(step, step + 1), None if mask_BS is None else mask_BS[:, :step])
+        return tokens_BS
 
     # ---- making, loading and saving
 
@@ -445,17 +459,51 @@ class Pythia(nn.Module):
         write_json(Path(folder) / "config.json", self.cfg.to_json(self.dtype))
 
 
-def attention_mask(mask_BT: Tensor | None, num_queries: int) -> Tensor | None:
-    """-> attend_BHTS (H = 1), True where a query may look: at real tokens, not after itself. None: nothing is padded.
+def use_graphs(device: torch.device) -> bool:
+    """-> whether sampling runs as a CUDA graph."""
+    return device.type == "cuda"
 
-    mask_BT spans all tokens attended to; the queries are the last `num_queries` of them. A query always sees itself, so that
+
+def draw_by_graph(draw: Callable, T: int, S: int, mask_BS: Tensor) -> list:
+    """Draw tokens T + 1 to S − 1 on a GPU by `draw(new, after, mask_BS)` -> what each call gave, in one list.
+
+    A token is hundreds of small kernels, which Python starts more slowly than a GPU runs them. A CUDA graph starts them all at once. It does
+    again exactly what was done while it was captured, with the same tensors: hence positions in tensors, all of the cache, and masks. What
+    it does must not depend on values that Python sees, as the shape of `nonzero` does.
+    """
+    at_1, found = torch.tensor([T], device=mask_BS.device), []
+
+    def draw_next() -> list:
+        seen = draw(at_1, at_1 + 1, mask_BS)
+        at_1.add_(1)
+        return seen
+
+    for step in range(T + 1, S):
+        if step == T + 2:                            # not at once: a kernel's first call sets up what cannot be captured
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kept = draw_next()
+        if step < T + 2:
+            found += draw_next()
+        else:
+            graph.replay()
+            found += [tuple(x.clone() for x in triple) for triple in kept]
+    return found
+
+
+def attention_mask(mask_BT: Tensor | None, queries: Positions, dtype: torch.dtype) -> Tensor | None:
+    """-> attend_BHTS (H = 1), to be added before the softmax: 0 where a query may look (at real tokens, not after itself), −∞ elsewhere.
+    None: nothing is padded.
+
+    mask_BT spans all tokens attended to; `queries` are the positions of those that attend. A query always sees itself, so that
     padding never makes a softmax over nothing (NaN).
     """
     if mask_BT is None:
         return None
     key_S = torch.arange(mask_BT.shape[1], device=mask_BT.device)
-    query_T1 = key_S[-num_queries:, None]
-    return ((mask_BT.bool()[:, None] & (key_S <= query_T1)) | (key_S == query_T1))[:, None]
+    query_T1 = key_S[queries][:, None]
+    hidden_BTS = ~(mask_BT.bool()[:, None] & (key_S <= query_T1)) & (key_S != query_T1)
+    return torch.zeros_like(hidden_BTS, dtype=dtype).masked_fill_(hidden_BTS, -math.inf)[:, None]
 
 
 def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:

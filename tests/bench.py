@@ -170,10 +170,12 @@ def bench_prefill(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def bench_generate(args: argparse.Namespace) -> None:
-    """Cached sampling at temperature 1, prompts of 16 tokens, 48 new ones."""
-    model, (B, T, new) = load(args), (args.batch, 16, 48)
+    """Cached sampling at temperature 1, by default prompts of 16 tokens and 48 new ones."""
+    model, (B, T, new) = load(args), (args.batch, args.prompt_tokens, args.new_tokens)
     prompt_BT = random_tokens(model, B, T)
     contestants = {"ours": lambda: model.generate(prompt_BT, new)}
+    if args.device.type == "cuda":
+        contestants["first"] = lambda: model.generate(prompt_BT, 1)                      # the prompt alone
     if args.against == "transformers":
         other = theirs(args)
         contestants["transformers"] = lambda: other.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), do_sample=True, top_k=0,
@@ -181,9 +183,11 @@ def bench_generate(args: argparse.Namespace) -> None:
     taken = seconds(args, **contestants)
     figures = {"shape": [B, T, new]}
     if args.device.type == "cuda":                   # each step reads all weights and the cache so far
+        step = (taken["ours"] - taken.pop("first")) / (new - 1)
         cache = 2 * model.cfg.num_layers * B * (T + new / 2) * model.cfg.hidden_size * model.dtype.itemsize
-        gib = (sum(p.nbytes for p in model.parameters()) + cache) * new / 2 ** 30
-        figures |= {"share_of_bandwidth": gib / taken["ours"] / copy_bandwidth(args)}
+        weights = sum(p.nbytes for p in model.parameters()) - model.gpt_neox.embed_in.weight.nbytes         # of the embedding only B rows
+        bandwidth = copy_bandwidth(args)
+        figures |= {"step_seconds": step, "copy_gib_per_second": bandwidth, "share_of_bandwidth": (weights + cache) / 2 ** 30 / step / bandwidth}
     compare(args, "generate", B * new, figures, taken)
 
 
@@ -197,16 +201,17 @@ def copy_bandwidth(args: argparse.Namespace) -> float:
 def bench_sae(args: argparse.Namespace) -> None:
     """One training step of the SAE, on rows that are there already: --features features of --width inputs, batch --batch."""
     D, N = args.width, args.batch
-    cfg = SAEConfig(num_features=args.features, batch_size=N, tokens=10 ** 9)
-    generator = torch.Generator().manual_seed(0)
-    trainer = SAETrainer(SAE(D, args.features, generator).to(args.device), 1.0, cfg, generator)
-    x_ND = torch.randn(N, D, device=args.device)
-    dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32          # of the trainer's products
-    a_ND, b_DF = x_ND.to(dtype), trainer.sae.W_enc_DF.detach().to(dtype, copy=True)
-    taken = seconds(args, step=lambda: trainer.step(10 ** 5, x_ND), product=lambda: a_ND @ b_DF)
-    # Five such products: encode and its gradient for W_enc, decode and its two gradients.
-    show(args, "sae", shape=[N, D, args.features], seconds=taken["step"], rows_per_second=N / taken["step"],
-         share_of_matmul_rate=5 * taken["product"] / taken["step"])
+    for objective in args.objective.split(","):
+        cfg = SAEConfig(num_features=args.features, batch_size=N, tokens=10 ** 9, objective=objective)
+        generator = torch.Generator().manual_seed(0)
+        trainer = SAETrainer(SAE(D, args.features, generator, k=round(cfg.l0) * (objective == "topk")).to(args.device), 1.0, cfg, generator)
+        x_ND = torch.randn(N, D, device=args.device)
+        dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32          # of the trainer's products
+        a_ND, b_DF = x_ND.to(dtype), trainer.sae.W_enc_DF.detach().to(dtype, copy=True)
+        taken = seconds(args, step=lambda: trainer.step(10 ** 5, x_ND), product=lambda: a_ND @ b_DF)
+        # Five such products: encode and its gradient for W_enc, decode and its two gradients.
+        show(args, "sae", objective=objective, shape=[N, D, args.features], seconds=taken["step"], rows_per_second=N / taken["step"],
+             product_tflops=2 * a_ND.numel() * args.features / taken["product"] / 1e12, share_of_matmul_rate=5 * taken["product"] / taken["step"])
 
 
 def random_edits(args: argparse.Namespace, model: Pythia, layer: int) -> ppo.EditPolicy:
@@ -621,6 +626,7 @@ def main() -> None:
     add("--episodes", type=int, default=32)
     add("--prompt-tokens", type=int, default=16)
     add("--response-tokens", type=int, default=24)
+    add("--new-tokens", type=int, default=48, help="of the generate bench")
     add("--epochs", type=int, default=4)
     add("--minibatches", type=int, default=1)
     add("--micro-batch", type=int, default=32)
@@ -633,7 +639,7 @@ def main() -> None:
     add("--rlhf", type=Path, default=Path("runs/tiny/rlhf-coef"), help="folder of a finished rlhf stage with that SAE, of the words and crowd benches")
     add("--share", type=float, default=1.0, help="of what was learned, in the crowd bench")
     add("--words", type=Path, default=Path("assets/avoid.txt"))
-    add("--objective", default="l1,topk", help="of the planted bench")
+    add("--objective", default="l1,topk", help="of the sae and planted benches")
     add("--tokens", type=int, default=2_000_000)
     add("--l0", type=float, default=20.0, help="of the planted bench: rows have 10 active features on average, some have 20")
     add("--lr", type=float, default=6e-3)

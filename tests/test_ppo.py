@@ -483,14 +483,13 @@ def test_micro_batches_only_save_memory():
     rollout = collect_rollouts(policy, *prompts().draw(32, 1, generator), 0, CFG, generator)
     rollout = score(rollout, Sevens(), Standardize(0.5, 2.0), critic, CFG)
     rollout = rollout._replace(mask_BR=(torch.arange(R) <= torch.arange(32)[:, None] % R).long())
-    gradients = []
+    optimizer, gradients = torch.optim.SGD([policy.trainable()["2.coef_F"], *critic.parameters()], lr=0.0), []
+    optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]]))
     for size in (32, 8):
-        for parameter in (*policy.trainable().values(), *critic.parameters()):
-            parameter.grad = None
-        update_policy(policy, critic, torch.optim.SGD(critic.parameters(), lr=0.0), {}, rollout, advantages_BR, advantages_BR,
-               replace(CFG, micro_batch=size, minibatches=1, epochs=1), torch.Generator().manual_seed(1), "update")
-        gradients.append([policy.trainable()["2.coef_F"].grad, *(p.grad for p in critic.parameters())])
-    assert len(gradients[0]) == 4 and all(gradient.abs().max() > 1e-4 for gradient in gradients[0])
+        update_policy(policy, critic, optimizer, {}, rollout, advantages_BR, advantages_BR,
+                      replace(CFG, micro_batch=size, minibatches=1, epochs=1), torch.Generator().manual_seed(1), "update")
+        assert all(p.grad is None for p in optimizer.param_groups[0]["params"])              # they would take memory while responses are sampled
+    assert len(gradients) == 2 and len(gradients[0]) == 4 and all(gradient.abs().max() > 1e-4 for gradient in gradients[0])
     torch.testing.assert_close(*gradients, atol=1e-8, rtol=0)
 
 
