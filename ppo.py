@@ -89,7 +89,8 @@ class Edit(nn.Module):
             tuple of tensors, or None
         change(what encode gave) -> change_BTD, or what broadcasts to it, through which PPO's gradient reaches the parameters
 
-    so that PPO can encode once a rollout.
+    so that PPO can encode once a rollout. On a GPU both are captured in a CUDA graph while responses are sampled: there they may neither ask
+    for a value (`.item()`) nor have shapes that depend on one, nor do anything else in Python that is to happen at every token.
     """
 
     def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:

@@ -390,26 +390,31 @@ class Pythia(nn.Module):
         B, T = prompt_BT.shape
         if mask_BT is not None and not mask_BT[:, -1].all():
             raise ValueError("generate needs left-padded prompts: the last column of the mask must be all 1")
-        S, record = T + max_new_tokens, [] if record is None else record
+        if not max_new_tokens:
+            return prompt_BT
+        S = T + max_new_tokens
         uniform_BR = 1 - torch.rand(B, max_new_tokens, generator=generator, device=generator.device if generator else "cpu").to(self.device)
-        uniform_BS, tokens_BS = F.pad(uniform_BR, (T, 0)), F.pad(prompt_BT, (0, max_new_tokens))
+        uniform_BS, tokens_BS = F.pad(uniform_BR, (T, 0)), F.pad(prompt_BT, (0, max_new_tokens))         # both by position
         mask_BS = None if mask_BT is None or mask_BT.all() else F.pad(mask_BT, (0, max_new_tokens), value=1)
         cache = KVCache(self.cfg, B, -(-S // 8) * 8, self.device, self.dtype)        # CUDA's attention kernels want masks of a multiple of 8
 
         def draw(new: Positions, after: Positions, past_mask_BS: Tensor | None) -> list:
-            """Run the tokens at `new`, and draw those at `after` -> what `record` gets."""
-            cache.where, seen = new, []
+            """Run the tokens at positions `new`; from the last of them, draw the one at position `after` -> what `record` gets."""
+            cache.where, seen = new, None if record is None else []
             x_BTD = self._run(self.gpt_neox.embed_in(tokens_BS[:, new]), range(self.cfg.num_layers), past_mask_BS, edits, cache, record=seen)[0]
             logits_BTV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1:]))
             tokens_BS[:, after] = sample(logits_BTV[:, 0], temperature, uniform_BS[:, after].squeeze(1))[:, None]
-            return seen
+            return seen or []
 
-        record += draw(slice(0, T), slice(T, T + 1), None if mask_BS is None else mask_BS[:, :T])
-        if use_graphs(self.device):
-            record += draw_by_graph(draw, T, S, F.pad(torch.ones_like(tokens_BS[:1]) if mask_BS is None else mask_BS, (0, -S % 8)))
+        seen = draw(slice(0, T), slice(T, T + 1), None if mask_BS is None else mask_BS[:, :T])
+        if max_new_tokens > 2 and use_graphs(self.device):
+            all_mask_BS = torch.ones_like(tokens_BS[:1]) if mask_BS is None else mask_BS
+            seen += draw_by_graph(draw, T, S, F.pad(all_mask_BS, (0, -S % 8)))           # as long as the cache
         else:
             for step in range(T + 1, S):
-                record += draw(slice(step - 1, step), slice(step, step + 1), None if mask_BS is None else mask_BS[:, :step])
+                seen += draw(slice(step - 1, step), slice(step, step + 1), None if mask_BS is None else mask_BS[:, :step])
+        if record is not None:
+            record += seen
         return tokens_BS
 
     # ---- making, loading and saving
@@ -460,8 +465,13 @@ class Pythia(nn.Module):
 
 
 def use_graphs(device: torch.device) -> bool:
-    """-> whether sampling runs as a CUDA graph."""
-    return device.type == "cuda"
+    """-> whether sampling runs as a CUDA graph; PyTorch captures on the current device alone."""
+    return device.type == "cuda" and device.index == torch.cuda.current_device()
+
+
+def capturing(x: Tensor) -> bool:
+    """-> whether what is being done with x is captured as a CUDA graph."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def draw_by_graph(draw: Callable, T: int, S: int, mask_BS: Tensor) -> list:
@@ -471,24 +481,21 @@ def draw_by_graph(draw: Callable, T: int, S: int, mask_BS: Tensor) -> list:
     again exactly what was done while it was captured, with the same tensors: hence positions in tensors, all of the cache, and masks. What
     it does must not depend on values that Python sees, as the shape of `nonzero` does.
     """
-    at_1, found = torch.tensor([T], device=mask_BS.device), []
+    at_1 = torch.tensor([T], device=mask_BS.device)
 
     def draw_next() -> list:
         seen = draw(at_1, at_1 + 1, mask_BS)
         at_1.add_(1)
         return seen
 
-    for step in range(T + 1, S):
-        if step == T + 2:                            # not at once: a kernel's first call sets up what cannot be captured
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                kept = draw_next()
-        if step < T + 2:
-            found += draw_next()
-        else:
-            graph.replay()
-            found += [tuple(x.clone() for x in triple) for triple in kept]
-    return found
+    seen = draw_next()                               # as usual, for a kernel's first call sets up what cannot be captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):                    # written down, not done: at_1 and the tokens stay as they are
+        kept = draw_next()
+    for _ in range(T + 2, S):
+        graph.replay()
+        seen += [tuple(x.clone() for x in triple) for triple in kept]            # each replay writes to the same ones
+    return seen
 
 
 def attention_mask(mask_BT: Tensor | None, queries: Positions, dtype: torch.dtype) -> Tensor | None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import (Pythia, UserError, check_finite, check_positive, load_state, multiplies_bfloat16, read_json, read_safetensors, reading,
+from pythia import (Pythia, UserError, capturing, check_finite, check_positive, load_state, multiplies_bfloat16, read_json, read_safetensors, reading,
                     write_json, write_safetensors)
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def keep_largest(features: Tensor, k: int) -> Tensor:
 def active_product(features_NF: Tensor, W_dec_FD: Tensor, scale_F: Tensor | None = None) -> Tensor:
     """(scale ⊙ features) W_dec -> (N, D), by work in proportion to the active features, forward and backward: some 30 of thousands a row.
     Features that are 0 get no gradient: the activations that made them 0 would stop it."""
-    if features_NF.device.type == "cuda" and torch.cuda.is_current_stream_capturing():         # a graph cannot wait to learn how many are active
+    if capturing(features_NF):                       # a graph cannot wait to learn how many are active
         return (features_NF if scale_F is None else features_NF * scale_F) @ W_dec_FD
     row_X, id_X = features_NF.nonzero(as_tuple=True)
     count_N = torch.bincount(row_X, minlength=len(features_NF))

@@ -780,7 +780,9 @@ def choose_device(args: argparse.Namespace) -> None:
     """Turn --device and --dtype into torch's."""
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-        torch.empty(0, device=args.device)
+        probe = torch.empty(0, device=args.device)
+        if probe.device.type == "cuda":
+            torch.cuda.set_device(probe.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     default = "bfloat16" if args.device.type == "cuda" and multiplies_bfloat16(args.device) else "float32"

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pythia import (DTYPES, CheckpointFiles, Linear, Pythia, PythiaConfig, Tokenizer, UserError, attention_mask, bytes_of_characters,
                     check_finite, load_state, pad, read_rows, read_safetensors, read_weights, sample, stream_safetensors,
                     write_json, write_safetensors, write_whole)
+from ppo import FeatureScale, LoRAPolicy
+from sae import SAE
 
 REPO = Path(__file__).parents[1]
 GOLDEN = REPO / "tests" / "golden"
@@ -154,16 +156,22 @@ class PretendGraph(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.changed, self.replays = [], [], 0
+        self.calls, self.changed, self.replays, self.recording = [], [], 0, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero"), "not in a graph"
-        self.changed += [(x, x.clone()) for x, told in zip(args, func._schema.arguments) if told.alias_info and told.alias_info.is_write]
+        changed = [(x, x.clone()) for x, told in zip(args, func._schema.arguments) if told.alias_info and told.alias_info.is_write]
         out = func(*args, **kwargs or {})
+        self.changed += [(x, before) for x, before in changed if x.shape == before.shape]        # not unsqueeze_, which squeeze_ takes back
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
+    def __enter__(self):
+        self.recording = True
+        return super().__enter__()
+
     def __exit__(self, *error):
+        self.recording = False
         super().__exit__(*error)
         for x, before in reversed(self.changed):
             x.copy_(before)
@@ -174,17 +182,32 @@ class PretendGraph(TorchDispatchMode):
             out = func(*args, **kwargs)
             if not any(told.alias_info for told in func._schema.returns):        # neither a view nor an input, which are up to date
                 for x, new in zip(*[out if isinstance(out, tuple) else (out,) for out in (kept, out)]):
-                    x.copy_(new) if isinstance(x, torch.Tensor) else None
+                    x.copy_(new.reshape(x.shape)) if isinstance(x, torch.Tensor) else None
+
+
+def scaled_features() -> FeatureScale:
+    edit = FeatureScale(SAE(24, 48, torch.Generator().manual_seed(0)).double())
+    edit.coef_F.data += torch.randn(48, generator=torch.Generator().manual_seed(1))
+    return edit
+
+
+def with_adapters() -> Pythia:
+    model = LoRAPolicy(random_model(), 2, ("dense",), torch.Generator().manual_seed(0)).model
+    for name, p in model.named_parameters():
+        p.data += 0.3 * name.endswith("B_KD")
+    return model
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("new", [1, 2, 3, 4, 14])
 def test_sampling_by_a_graph_draws_and_records_the_same(monkeypatch, temperature, new):
-    model, tokens_BT, graphs = random_model(), random_tokens(3, 8), []
-    for mask_BT, edits in ((None, None), (MASK_BT, {1: louder, 2: louder})):
+    tokens_BT, graphs = random_tokens(3, 8), []
+    for model, mask_BT, edits in ((random_model(), None, None), (random_model(), MASK_BT, {1: louder, 2: louder}), (with_adapters(), None, None),
+                                  (random_model(), MASK_BT, {0: scaled_features(), 1: scaled_features()})):
         record, other = [], []
         with monkeypatch.context() as patch:
             patch.setattr("pythia.use_graphs", lambda device: True)
+            patch.setattr("sae.capturing", lambda x: bool(graphs) and graphs[-1].recording)
             patch.setattr("torch.cuda.CUDAGraph", lambda: graphs.append(PretendGraph()) or graphs[-1])
             patch.setattr("torch.cuda.graph", lambda graph: graph)
             drawn_BT = model.generate(tokens_BT, new, mask_BT, temperature, edits, torch.Generator().manual_seed(3), record)
@@ -192,7 +215,7 @@ def test_sampling_by_a_graph_draws_and_records_the_same(monkeypatch, temperature
         assert len(record) == len(other) == (new if edits else 0)
         for triple, same in zip(record, other):
             torch.testing.assert_close(triple, same)
-    assert [graph.replays for graph in graphs] == 2 * [new - 2] * (new > 2)
+    assert [graph.replays for graph in graphs] == 4 * [new - 2] * (new > 2)
 
 
 def test_sampling_is_repeatable_and_uniforms_belong_to_rows():
