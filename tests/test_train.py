@@ -296,14 +296,17 @@ def test_random_dictionaries_of_several_layers_differ(whole, monkeypatch, policy
     assert [made[0].threshold_F is None, made[0].k > 0] == [policy == "random"] * 2
 
 
-def test_a_gpu_without_bfloat16_is_given_float32(monkeypatch):
+def test_a_gpu_is_made_the_current_one_and_without_bfloat16_given_float32(monkeypatch):
+    current = []
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able and not including_emulation)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
-        args = SimpleNamespace(device="auto", dtype="auto")
+        monkeypatch.setattr(torch, "empty", lambda *shape, device: SimpleNamespace(device=torch.device(device.type, device.index or 0)))
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        args = SimpleNamespace(device="auto" if able else "cuda:1", dtype="auto")
         train.choose_device(args)
         assert args.device.type == "cuda" and args.dtype == dtype
+    assert current == [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
 def test_sweep_trains_each_cell_once(tmp_path, monkeypatch):
