@@ -393,26 +393,26 @@ class Pythia(nn.Module):
         if not max_new_tokens:
             return prompt_BT
         S = T + max_new_tokens
+        room = -(-S // 8) * 8                        # of cache and mask: CUDA's attention kernels want masks of a multiple of 8
         uniform_BR = 1 - torch.rand(B, max_new_tokens, generator=generator, device=generator.device if generator else "cpu").to(self.device)
         uniform_BS, tokens_BS = F.pad(uniform_BR, (T, 0)), F.pad(prompt_BT, (0, max_new_tokens))         # both by position
-        mask_BS = None if mask_BT is None or mask_BT.all() else F.pad(mask_BT, (0, max_new_tokens), value=1)
-        cache = KVCache(self.cfg, B, -(-S // 8) * 8, self.device, self.dtype)        # CUDA's attention kernels want masks of a multiple of 8
+        mask_BS = None if mask_BT is None or mask_BT.all() else F.pad(mask_BT, (0, room - T), value=1)
+        cache = KVCache(self.cfg, B, room, self.device, self.dtype)
 
-        def draw(new: Positions, after: Positions, past_mask_BS: Tensor | None) -> list:
+        def draw(new: Positions, after: Positions, mask_BS: Tensor | None = mask_BS) -> list:
             """Run the tokens at positions `new`; from the last of them, draw the one at position `after` -> what `record` gets."""
             cache.where, seen = new, None if record is None else []
-            x_BTD = self._run(self.gpt_neox.embed_in(tokens_BS[:, new]), range(self.cfg.num_layers), past_mask_BS, edits, cache, record=seen)[0]
+            x_BTD = self._run(self.gpt_neox.embed_in(tokens_BS[:, new]), range(self.cfg.num_layers), mask_BS, edits, cache, record=seen)[0]
             logits_BTV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1:]))
             tokens_BS[:, after] = sample(logits_BTV[:, 0], temperature, uniform_BS[:, after].squeeze(1))[:, None]
             return seen or []
 
-        seen = draw(slice(0, T), slice(T, T + 1), None if mask_BS is None else mask_BS[:, :T])
+        seen = draw(slice(0, T), slice(T, T + 1))
         if max_new_tokens > 2 and use_graphs(self.device):
-            all_mask_BS = torch.ones_like(tokens_BS[:1]) if mask_BS is None else mask_BS
-            seen += draw_by_graph(draw, T, S, F.pad(all_mask_BS, (0, -S % 8)))           # as long as the cache
+            seen += draw_by_graph(draw, T, S, torch.ones(1, room, device=self.device) if mask_BS is None else mask_BS)
         else:
             for step in range(T + 1, S):
-                seen += draw(slice(step - 1, step), slice(step, step + 1), None if mask_BS is None else mask_BS[:, :step])
+                seen += draw(slice(step - 1, step), slice(step, step + 1))
         if record is not None:
             record += seen
         return tokens_BS
@@ -502,15 +502,16 @@ def attention_mask(mask_BT: Tensor | None, queries: Positions, dtype: torch.dtyp
     """-> attend_BHTS (H = 1), to be added before the softmax: 0 where a query may look (at real tokens, not after itself), −∞ elsewhere.
     None: nothing is padded.
 
-    mask_BT spans all tokens attended to; `queries` are the positions of those that attend. A query always sees itself, so that
-    padding never makes a softmax over nothing (NaN).
+    `queries` are the positions of those that attend; the keys are all tokens of mask_BT, or those up to the last query where that is known.
+    A query always sees itself, so that padding never makes a softmax over nothing (NaN).
     """
     if mask_BT is None:
         return None
+    mask_BT = mask_BT[:, :queries.stop] if isinstance(queries, slice) else mask_BT
     key_S = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     query_T1 = key_S[queries][:, None]
-    hidden_BTS = ~(mask_BT.bool()[:, None] & (key_S <= query_T1)) & (key_S != query_T1)
-    return torch.zeros_like(hidden_BTS, dtype=dtype).masked_fill_(hidden_BTS, -math.inf)[:, None]
+    barred_BTS = ~(mask_BT.bool()[:, None] & (key_S <= query_T1)) & (key_S != query_T1)
+    return torch.zeros_like(barred_BTS, dtype=dtype).masked_fill_(barred_BTS, -math.inf)[:, None]
 
 
 def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:

@@ -226,6 +226,7 @@ def test_sampling_is_repeatable_and_uniforms_belong_to_rows():
         for seed, edits in ((5, None), (5, None), (6, None), (5, only_first)))
     assert torch.equal(first_BT, second_BT) and not torch.equal(first_BT, other_BT) and torch.equal(first_BT[:, :4], tokens_BT)
     assert torch.equal(edited_BT[1:], first_BT[1:]) and not torch.equal(edited_BT[0], first_BT[0])
+    assert torch.equal(model.generate(tokens_BT, 0), tokens_BT)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
