@@ -16,9 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ppo
-from ppo import EditPolicy, Evaluated, Evaluation, by_prompt, spread
-from pythia import END_OF_TEXT, Pythia, Tokenizer, UserError, check_positive, read_json, read_rows, write_json, write_whole
+from files import UserError, read_json, read_rows, write_json, write_whole
+from policies import EditPolicy
+from ppo import Evaluated, Evaluation, by_prompt, spread
+from pythia import END_OF_TEXT, Pythia, Tokenizer
 from report import render_report
+from runs import check_positive
 from sae import SAE, mlp_rows
 
 Feature = tuple[int, int]                            # (layer, number)

@@ -12,24 +12,14 @@ References:
     RoFormer (rotary embeddings), Su et al. 2021, arXiv:2104.09864
 """
 
-import contextlib
 import copy
-import fcntl
 import functools
-import gzip
-import hashlib
-import http.client
 import json
 import math
 import mmap
 import os
 import re
 import unicodedata
-import urllib.error
-import urllib.parse
-import urllib.request
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,60 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+
+from files import WEIGHTS, CheckpointFiles, UserError, load_state, read_json, reading, write_json, write_whole
 
 Edits = dict[int, Callable[[Tensor, Tensor], Tensor]]            # layer -> edit(mlp_BTD, neurons_BTM) -> change_BTD, see Pythia
 ScoreFn = Callable[[Tensor, Tensor], Tensor]                     # a reward: (tokens_BT, mask_BT) -> scores_B; may have .prefixes (ppo.score)
 
 END_OF_TEXT = "<|endoftext|>"
-
-
-class UserError(Exception):
-    """Something that the user can mend: what was wrong, in which file or option, what to do. Shown as one line, exit code 2."""
-
-
-@contextlib.contextmanager
-def reading(source: object, complaint: str) -> Iterator[None]:
-    """Errors of reading and parsing inside the block become one UserError, "source: complaint: reason"."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such file") from None
-    except (OSError, EOFError, zlib.error, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
-        raise UserError(f"{source}: {complaint}: {reason[:300]}") from None
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """-> a context in which matrix products of float32 weights run in bfloat16, where the hardware multiplies bfloat16 (there several times
-    faster); elsewhere one that changes nothing, as a CPU that must emulate it is a hundred times slower."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """-> whether the hardware has matrix products in bfloat16: a GPU from Ampere on, few CPUs."""
-    if device.type == "cpu":
-        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def check_positive(config: object, stage: str, *names: str) -> None:
-    """UserError that names the first of these fields of a stage's configuration that is not above 0."""
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise UserError(f"--{stage}-{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
-
-
-def check_finite(where: str, optimizer: torch.optim.Optimizer | None = None, **quantities: Tensor | float) -> None:
-    """UserError that names the first quantity with a NaN or an infinity in it, the optimizer's gradients last. Called before a step: the
-    weights and the saved state are still good then."""
-    if optimizer:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        quantities["gradient"] = sum(torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients)
-    for name, value in quantities.items():
-        if not torch.as_tensor(value).isfinite().all():
-            raise UserError(f"{where}: {name} is NaN or infinite; the step was not applied and the last saved state is good: "
-                            "lower the learning rate, or try --dtype float32")
 
 
 # ------------------------------------------------------------------------------------------------------------ configuration
@@ -637,7 +580,6 @@ def pad(rows: list[list[int]], pad_id: int = 0, side: str = "right", device: str
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")     # in old files; constants, made anew here
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")                             # one file, or an index NAME.index.json of several
 MAX_HEADER = 10_000_000                              # bytes, of 100,000 tensors; once parsed it takes up to 30 times the memory
 
 
@@ -704,66 +646,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     write_whole(path, write)
 
 
-def write_whole(path: str | Path, write: Callable) -> None:
-    """Call `write(binary file)` on a temporary file beside `path` and rename it, so that `path` is never half written; makes its folder."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error          # torch.save wraps it
-        if isinstance(cause, OSError):
-            raise not_written(path, cause) from None
-        raise
-
-
-def not_written(path: Path, error: OSError) -> UserError:
-    """-> what to tell where a disk is full, or the like."""
-    return UserError(f"{path}: cannot be written ({error.strerror}); what was saved before is whole: mend that, then --resume")
-
-
-def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()))
-
-
-def load_state(path: str | Path) -> dict:
-    """Read what torch.save wrote; never runs code from the file."""
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))        # the older format cannot be mapped
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:                       # torch raises many kinds, which mean the same here but where memory is short
-        raise UserError(f"{path}: not readable as tensors and numbers ({repr(error)[:200]}); if it is broken, get it again") from None
-
-
-def read_json(path: str | Path) -> object:
-    """Read a JSON file; UserError where it is missing or malformed."""
-    with reading(path, "not readable as JSON"):
-        return json.loads(Path(path).read_bytes())
-
-
-def read_rows(path: str | Path) -> list[dict]:
-    """Read a .jsonl or .jsonl.gz file of objects; UserError with the line's number where one is malformed."""
-    rows = []
-    with reading(path, "not readable as JSON lines"), (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                with reading(f"{path}: line {number}", "not readable as a JSON object"):
-                    rows.append({} | json.loads(line.decode()))          # a TypeError where it is no object
-    return rows
-
-
-def read_weights(files: "CheckpointFiles") -> Iterator[tuple[str, Tensor]]:
+def read_weights(files: CheckpointFiles) -> Iterator[tuple[str, Tensor]]:
     """-> names and tensors of a checkpoint, from one mapped shard after the other: safetensors, or where there is none, PyTorch's .bin files, whose
     pickles may hold nothing but tensors. An index is trusted, a lone shard without one is not: repositories exist that hold a partial
     safetensors shard beside complete .bin files."""
@@ -806,161 +689,3 @@ def load_strictly(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], sourc
     if problems:
         raise UserError(f"{source}: " + "; ".join(problems))
     model.load_state_dict(state, assign=True)        # the parameters themselves: a tied one stays one
-
-
-# ------------------------------------------------------------------------------------------------------------------ the hub
-
-class CheckpointFiles:
-    """The files of a checkpoint: in a folder, of an embedded model, or of a Hugging Face repository, fetched when asked for.
-
-    `tiny` is embedded; `pythia-70m` means EleutherAI/pythia-70m; `owner/name` is any repository, `revision` its branch, tag or commit.
-    """
-
-    def __init__(self, name_or_folder: str | Path, revision: str = "main"):
-        self.name, self.revision = str(name_or_folder), revision
-        assets = Path(__file__).parent / "assets"
-        folders = [path for path in (Path(self.name), assets / self.name) if os.path.isdir(path)]
-        self.folder = next((path for path in folders if os.path.isfile(path / "config.json")), folders[0] if folders else None)
-        self.repo = f"EleutherAI/{self.name}" if self.name.startswith("pythia-") else self.name
-        if self.folder is None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.repo, re.ASCII):
-            names = ", ".join(sorted(path.parent.name for path in assets.glob("*/config.json")))
-            raise UserError(f"model {self.name!r} not found: it is no folder, no embedded model ({names}), no pythia-SIZE and no OWNER/NAME")
-
-    def __str__(self) -> str:
-        return str(self.folder or f"{self.repo} ({self.revision})")
-
-    def find(self, name: str) -> Path | None:
-        """-> the path of a file, or None where the checkpoint has no such file."""
-        if self.folder is None:
-            return hub_file(self.repo, self.revision, name)
-        return path if os.path.isfile(path := self.folder / name) else None
-
-    def need(self, name: str) -> Path:
-        """-> the path of a file that must be there."""
-        if path := self.find(name):
-            return path
-        raise UserError(f"{self}: has no {name}")
-
-
-def hub_file(repo: str, revision: str, name: str) -> Path | None:
-    """-> a file of a Hugging Face repository in the local cache, downloaded where it is not there; None: the repository lacks it.
-
-    The cache has the layout of huggingface_hub (refs/REVISION names a commit, snapshots/COMMIT/FILE links to blobs/ETAG), so that either
-    finds what the other fetched. HF_HOME, HF_HUB_CACHE, XDG_CACHE_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured.
-    """
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = os.path.expandvars(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
-    root = Path(cache) / f"models--{repo.replace('/', '--')}"
-    ref = root / "refs" / revision
-    commit = (ref.is_file() and ref.read_text().strip()) or revision
-    if (path := root / "snapshots" / commit / name).is_file():
-        return path
-    # Who fetched the weights in one form need not have marked that the repository lacks the others.
-    forms = {path.with_name(whole + end) for whole in WEIGHTS for end in ("", ".index.json")}
-    if (root / ".no_exist" / commit / name).is_file() or path in forms and any(p.is_file() for p in forms - {path.with_name(f"{name}.index.json")}):
-        return None
-    what, endpoint = f"{name} of {repo} ({revision})", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{what} is not at {path} and HF_HUB_OFFLINE is set: unset it, or fetch the file on a machine with a network "
-                        f"and copy {root}")
-    locks = root.parent / ".locks" / root.name
-    locks.mkdir(parents=True, exist_ok=True)
-    with open(locks / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)             # other processes wait, and then find the file fetched
-        return fetch_file(f"{endpoint}/{repo}/resolve/{urllib.parse.quote(commit, safe='')}/{name}", what, root, ref, name)
-
-
-def fetch_file(url: str, what: str, root: Path, ref: Path, name: str) -> Path | None:
-    """-> a file of a repository, downloaded into its cache folder `root`; None: the repository lacks it. `ref` will name its commit."""
-    with hub_request(url, what, "HEAD") as response:
-        headers, absent = response.headers, response.status == 404
-    if absent and headers.get("X-Error-Code") != "EntryNotFound":
-        raise UserError(f"{what}: there is no such repository or revision at {url}, or it needs a token (HF_TOKEN)")
-    commit = headers.get("X-Repo-Commit", "")
-    known = re.fullmatch("[0-9a-f]{40}", commit)
-    if absent:
-        path = None
-        if known:                                    # huggingface_hub marks an absent file so: no later call need ask again
-            write_whole(root / ".no_exist" / commit / name, lambda file: None)
-    else:
-        etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
-        size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
-        if not (known and re.fullmatch(r"[\w-]{8,128}", etag) and size.isdecimal()):
-            raise UserError(f"{url}: the server announces no commit, etag and size; is HF_ENDPOINT a Hugging Face hub?")
-        blob, path = root / "blobs" / etag, root / "snapshots" / commit / name
-        if not blob.is_file():
-            download(url, what, blob, int(size), etag)
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)             # a link whose blob is gone
-            path.symlink_to(os.path.relpath(blob, path.parent))
-    if known and commit != ref.name:
-        write_whole(ref, lambda file: file.write(commit.encode()))
-    return path
-
-
-class SameHostRedirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects; the token goes with them only to the host it was meant for. A HEAD request stays on its host: the answer that
-    points elsewhere is the one whose headers tell commit, size and hash."""
-
-    def redirect_request(self, request: urllib.request.Request, *answer: object) -> urllib.request.Request | None:
-        new = super().redirect_request(request, *answer)         # has the request's headers, but not the unredirected ones
-        if (new.type, new.host) == (request.type, request.host):
-            new.unredirected_hdrs = request.unredirected_hdrs
-        elif request.method == "HEAD":
-            return None
-        new.method = request.method
-        return new
-
-
-def hub_request(url: str, what: str, method: str = "GET", start: int = 0) -> http.client.HTTPResponse:
-    """-> the server's answer, to HEAD also a 404 or a redirect to another host; UserError where it cannot be reached or refuses."""
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {}, method=method)
-        if token := "".join(os.environ.get("HF_TOKEN", "").split()):
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
-        return urllib.request.build_opener(SameHostRedirects).open(request, timeout=30)
-    except urllib.error.HTTPError as answer:
-        if method == "HEAD" and answer.code in (301, 302, 303, 307, 308, 404):
-            return answer
-        hint = "; is the name right, HF_TOKEN set, and its access granted?" if answer.code in (401, 403) else ""
-        raise UserError(f"{what}: {url} answered {answer.code} {answer.reason}{hint}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:          # ValueError: an HF_ENDPOINT that is no address
-        raise UserError(f"{what}: not in the local cache, and {url} cannot be reached: {getattr(error, 'reason', error)}") from None
-
-
-def received(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """-> what comes, piece by piece, until its end or until the connection breaks off."""
-    with contextlib.suppress(http.client.HTTPException, OSError):
-        while chunk := response.read(1 << 20):
-            yield chunk
-
-
-def download(url: str, what: str, blob: Path, size: int, etag: str) -> None:
-    """Fetch `size` bytes to `blob`, going on where an earlier attempt broke off; checked against size and hash, then renamed.
-
-    The etag is the sha256 of a large file and git's sha1 of a small one."""
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    part = blob.with_name(blob.name + ".incomplete")
-    part.touch()                                     # an empty file needs no request
-    for _ in range(5):                               # a cut connection is taken up again
-        if (have := part.stat().st_size) >= size:
-            break
-        try:
-            with (hub_request(url, what, start=have) as response,
-                  open(part, "ab" if response.status == 206 else "wb") as file,            # else the server ignores Range
-                  tqdm(total=size, initial=file.tell(), desc=what, unit="B", unit_scale=True) as bar):
-                for chunk in received(response):
-                    bar.update(file.write(chunk))
-        except OSError as error:
-            raise not_written(part, error) from None
-    have = part.stat().st_size
-    if have < size:
-        raise UserError(f"{what}: the connection broke off at {have} of {size} bytes; run again to go on from there")
-    begun = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(f"blob {size}\0".encode())
-    with open(part, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: begun).hexdigest()
-    if have != size or (len(etag) in (40, 64) and digest != etag):
-        part.unlink()
-        raise UserError(f"{what}: what was downloaded has not the announced size and hash; it was removed, try again")
-    os.replace(part, blob)

@@ -12,18 +12,16 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import (END_OF_TEXT, Pythia, PythiaConfig, ScoreFn, Tokenizer, UserError, check_finite, check_positive, mixed_precision, pad, read_rows,
-                    reading, write_json, write_safetensors)
-
-if TYPE_CHECKING:
-    from train import Run
+from files import UserError, read_rows, reading, write_json
+from pythia import END_OF_TEXT, Pythia, PythiaConfig, ScoreFn, Tokenizer, pad, write_safetensors
+from runs import Run, check_finite, check_positive, mixed_precision
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,17 @@ def split_dialogue(text: str) -> tuple[str, str]:
     """-> (prompt, answer), cut after the last "\\n\\nAssistant:"."""
     prompt, mark, answer = text.rpartition("\n\nAssistant:")
     return prompt + mark, answer
+
+
+def read_pairs(path: str, half: int, generator: torch.Generator) -> tuple[list[Preference], bool]:
+    """-> preference pairs of a file of pairs, or of labelled texts, and whether it was the latter."""
+    rows = read_rows(path)
+    if rows and "label" in rows[0]:
+        return pairs_from_labels(rows, half, generator), True
+    pairs, dropped = load_preferences(path)
+    if dropped:
+        print(f"{path}: {dropped} rows dropped (prompts differ, or an answer is empty)")
+    return pairs, False
 
 
 def pairs_from_labels(rows: list[dict], half: int, generator: torch.Generator) -> list[Preference]:
@@ -193,7 +202,7 @@ def preference_loss(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
     return -F.logsigmoid(chosen_B - rejected_B).mean()
 
 
-def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], cfg: RewardConfig, run: "Run", generator: torch.Generator,
+def train_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]], cfg: RewardConfig, run: Run, generator: torch.Generator,
                  random_cut: bool = False) -> RewardModel:
     """Train on pairs of ids (see `encode_pairs`) in place -> the model.
 

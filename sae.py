@@ -16,18 +16,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pythia import (Pythia, UserError, capturing, check_finite, check_positive, load_state, multiplies_bfloat16, read_json, read_safetensors, reading,
-                    write_json, write_safetensors)
-
-if TYPE_CHECKING:
-    from train import Run
+from files import UserError, load_state, read_json, reading, write_json
+from pythia import Pythia, capturing, read_safetensors, write_safetensors
+from runs import Run, check_finite, check_positive, multiplies_bfloat16
 
 
 @dataclass(frozen=True)
@@ -549,8 +547,8 @@ def refit_decoder(sae: SAE, x_ND: Tensor, ridge: float = 1e-3) -> None:
     sae.rescale(W_dec_FD.norm(dim=-1))
 
 
-def train_sae(buffer: ActivationBuffer, cfg: SAEConfig, run: "Run", generator: torch.Generator) -> SAE:
-    """Train an SAE on the rows that a buffer draws -> the SAE in the rows' own units. `run` keeps the log and the resumable state (train.Run)."""
+def train_sae(buffer: ActivationBuffer, cfg: SAEConfig, run: Run, generator: torch.Generator) -> SAE:
+    """Train an SAE on the rows that a buffer draws -> the SAE in the rows' own units. `run` keeps the log and the resumable state."""
     d_in, device = buffer.rows_ND.shape[1], buffer.rows_ND.device
     scale = math.sqrt(d_in / buffer.rows_ND.float().square().sum(-1).mean().item())         # April 2024: E‖x‖² = D
     sae = SAE(d_in, cfg.num_features, generator, k=round(cfg.l0) if cfg.objective == "topk" else 0).to(device)

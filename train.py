@@ -6,7 +6,6 @@
 import argparse
 import base64
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -21,26 +20,26 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import interpret
+import lm
+import policies
 import ppo
 import reward
 import sae
-from pythia import (CheckpointFiles, Pythia, PythiaConfig, Tokenizer, UserError, check_finite, check_positive, load_state, mixed_precision,
-                    multiplies_bfloat16, not_written, read_json, read_rows, read_safetensors, reading, write_json, write_safetensors, write_whole)
+from compare import SAE_FIGURES, CompareConfig, SweepConfig, evaluations, gains_at_kls, intervals, means, write_tables
+from files import CheckpointFiles, UserError, read_json, reading, write_json
+from pythia import Pythia, PythiaConfig, Tokenizer, read_safetensors, write_safetensors
+from runs import Run, multiplies_bfloat16, peak_memory_gib
 
 
 # ------------------------------------------------------------------------------------------------------------------- stages
 
-def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
+def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: Run) -> dict:
     """Train a sparse autoencoder on the MLP output of --layer, or take that of --sae-load; text is sampled from the model, or read from
     --corpus."""
     model, tokenizer = load_model(args)
@@ -59,11 +58,11 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: "Run") -> dict:
         {} if cfg.load else {"tokens_per_second": run.tokens_per_second})
 
 
-def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict:
+def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: Run) -> dict:
     """PPO on --policy against --reward from --prompts; evaluated on --eval-prompts, also by the held-out reward model --gold."""
     model, tokenizer = load_model(args)
-    saes = load_saes(args, model) if args.policy in ppo.NEED_SAE else {}
-    policy = ppo.make_policy(args.policy, model, args.layers, saes, cfg, args.edit, args.seed)
+    saes = load_saes(args, model) if args.policy in policies.NEED_SAE else {}
+    policy = policies.make_policy(args.policy, model, args.layers, saes, cfg, args.edit, args.seed)
     score_fn = reward.load_reward(required(args.reward, "--reward"), tokenizer, args.dtype, args.device)
     gold_fn = reward.load_reward(args.gold, tokenizer, args.dtype, args.device) if args.gold else None
     prompts, eval_prompts = load_prompts(args.prompts, model, tokenizer, cfg), load_prompts(args.eval_prompts, model, tokenizer, cfg, cfg.eval_size)
@@ -76,7 +75,7 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     interpret.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
     # A gain that the gold model, which training never saw, does not share is over-optimisation.
     figures = after.figures | (evaluation.gain_by(gold_fn, after, "gold") if gold_fn else {})
-    if args.policy in ppo.NEED_SAE and args.edit == "scale+bias":
+    if args.policy in policies.NEED_SAE and args.edit == "scale+bias":
         coefs_alone = {name: p if ".coef_" in name else torch.zeros_like(p) for name, p in policy.state_dict().items()}
         with policy.holding(coefs_alone):
             without_bias = evaluation(policy).figures
@@ -84,11 +83,10 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: "Run") -> dict
     return figures | {
         "n_changed": policy.n_changed(), "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "diverged": any("diverged" in row for row in run.rows()),
-        "seconds_per_iteration": statistics.median(row["seconds"] for row in run.rows() if "seconds" in row),
-        "peak_memory_gib": ppo.peak_memory_gib(args.device)}
+        "seconds_per_iteration": statistics.median(row["seconds"] for row in run.rows() if "seconds" in row)}
 
 
-def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, run: "Run") -> dict:
+def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, run: Run) -> dict:
     """What RLHF changed, feature by feature, and what each of them does to the reward: one page. With no RLHF run yet, a page on the SAE."""
     model, tokenizer = load_model(args)
     learned, figures = finished_coefs(args)          # nothing where there is no run yet
@@ -119,27 +117,7 @@ def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, ru
     return {"features": len(report["features"])} | ({key: causal.summary[key] for key in ("r", "r_other_prompts", "carriers")} if causal else {})
 
 
-@dataclass(frozen=True)
-class CompareConfig:
-    """--stage compare"""
-
-    runs: str = "coef; random; steer; full"      # policies to train, each with options of its own, as in "coef --edit scale+bias --rlhf-keep 64"
-    seeds: int = 3                               # runs of each, with seeds 0, 1, …
-    kls: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0)        # nats at which gains are compared
-
-    def __post_init__(self):
-        check_positive(self, "compare", "seeds")
-        if not self.names() or not all(kl > 0 for kl in self.kls):
-            raise UserError("--compare-runs needs a policy or more, and --compare-kls numbers above 0")
-        with reading("--compare-runs", "not readable as options"):
-            shlex.split(self.runs)
-
-    def names(self) -> list[str]:
-        """-> the runs one by one."""
-        return [" ".join(part.split()) for part in self.runs.split(";") if part.strip()]
-
-
-def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: "Run") -> dict:
+def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: Run) -> dict:
     """Train each of --compare-runs with every seed, all in folders OUT/rlhf-… of their own, and lay them side by side; finished ones are not
     run again. Gains are read off at equal KL, with 95 % bootstrap intervals over seeds and prompts; the first is compared with each of the
     others seed by seed and prompt by prompt."""
@@ -154,7 +132,7 @@ def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: "Run") -> d
     for seed in range(cfg.seeds):                    # so that an early end leaves as many of each
         for name in names:
             run_if_unfinished(cells[name][seed], "rlhf")
-    gains = {name: ppo.gains_at_kls([evaluations(folder) for folder in folders[name]], cfg.kls) for name in names}      # (value, bootstrap samples)
+    gains = {name: gains_at_kls([evaluations(folder) for folder in folders[name]], cfg.kls) for name in names}      # (value, bootstrap samples)
     figures = {name: means([read_json(folder / "metrics.json") for folder in folders[name]]) for name in names}
     rows = [{"run": name} | intervals("gain at", cfg.kls, *gains[name]) | figures[name] for name in names]
     first, first_drawn = gains[names[0]]
@@ -165,21 +143,7 @@ def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: "Run") -> d
     return {"runs": rows, "differences": differences}
 
 
-@dataclass(frozen=True)
-class SweepConfig:
-    """--stage sweep"""
-
-    objectives: tuple[str, ...] = ("l1", "topk", "batchtopk", "jumprelu")        # of the SAEs
-    l0: tuple[float, ...] = (10.0, 20.0, 40.0)           # their targets
-    seeds: int = 3                                       # of each, with seeds 0, 1, …
-    rlhf: bool = True                                    # also train --policy on each SAE
-    kl: float = 2.0                                      # nats at which gains are compared
-
-    def __post_init__(self):
-        check_positive(self, "sweep", "seeds", "kl")
-
-
-def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
+def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: Run) -> dict:
     """Train an SAE for each objective, L0 target and seed, and --policy on each, in folders OUT/sweep-OBJECTIVE-L0-SEED, all of a seed on the
     same text; then lay the SAEs' figures and the gains side by side, means over seeds; of coef also how many features carry 90 % of the gain, from
     each cell's report. Finished cells are not run again."""
@@ -199,7 +163,7 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
         figures = means(measured, SAE_FIGURES) | {"sae_seconds": statistics.mean(each["seconds"] for each in measured)}
         if cfg.rlhf:
             folders = [folder_of(cell, "rlhf") for cell in cells]
-            gain, drawn = ppo.gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,))
+            gain, drawn = gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,))
             figures |= {"gain": interpret.finite(gain.item())} | intervals("gain at", (cfg.kl,), gain, drawn)
             figures |= means([read_json(folder / "metrics.json") for folder in folders])
         if "interpret" in stages:
@@ -210,14 +174,14 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: "Run") -> dict:
     return {"cells": rows}
 
 
-def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: "Run") -> dict:
+def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: Run) -> dict:
     """Train a reward model on the backbone of --model, from preference pairs or labelled texts in --corpus."""
     model, tokenizer = load_model(args)
     if cfg.max_tokens > model.cfg.max_positions:
         raise UserError(f"--reward-max-tokens {cfg.max_tokens}: {args.model} has only {model.cfg.max_positions} positions")
     generator = torch.Generator().manual_seed(args.seed)
-    pairs, labelled = read_pairs(required(args.corpus, "--corpus"), cfg.half, generator)
-    heldout, _ = read_pairs(required(args.eval_corpus, "--eval-corpus"), 0, generator)
+    pairs, labelled = reward.read_pairs(required(args.corpus, "--corpus"), cfg.half, generator)
+    heldout, _ = reward.read_pairs(required(args.eval_corpus, "--eval-corpus"), 0, generator)
     trained = reward.train_reward(reward.RewardModel.from_backbone(model.float(), generator), reward.encode_pairs(pairs, tokenizer), cfg,
                                   run, generator, random_cut=labelled)
     trained.half().save_pretrained(run.folder / "model")
@@ -232,42 +196,19 @@ def stage_reward(args: argparse.Namespace, cfg: reward.RewardConfig, run: "Run")
     return figures
 
 
-@dataclass(frozen=True)
-class LMConfig:
-    """--stage lm: train a small Pythia from scratch (this is how assets/tiny was made)."""
-
-    tokenizer: str = "tiny"              # name or folder of a model whose tokenizer to use, or a tokenizer.json
-    num_layers: int = 4
-    hidden_size: int = 256
-    num_heads: int = 8
-    context: int = 256                   # tokens a window, the leading end-of-text token included
-    tokens: int = 23_000_000             # trained on in all
-    batch_size: int = 16                 # windows a step
-    micro_batch: int = 8                 # windows a backward pass; logits of more fall out of the CPU's caches
-    lr: float = 2e-3                     # peak; cosine to 0 (AdamW, betas 0.9 and 0.98)
-    warmup: int = 200                    # steps
-    weight_decay: float = 0.1            # on matrices
-    checkpoint_seconds: float = 120.0    # between resumable states
-
-    def __post_init__(self):
-        check_positive(self, "lm", "num_layers", "hidden_size", "num_heads", "tokens", "batch_size", "micro_batch", "lr", "warmup")
-        if self.context < 2 or self.weight_decay < 0:
-            raise UserError("--lm-context needs 2 tokens or more, and --lm-weight-decay must not be negative")
-
-
-def stage_lm(args: argparse.Namespace, cfg: LMConfig, run: "Run") -> dict:
+def stage_lm(args: argparse.Namespace, cfg: lm.LMConfig, run: Run) -> dict:
     """Train a language model on --corpus; its held-out loss is measured on --eval-corpus with the weights as saved."""
     tokenizer = Tokenizer.from_pretrained(cfg.tokenizer)
-    windows_BT = token_windows(read_texts(required(args.corpus, "--corpus")), tokenizer, cfg.context)
+    windows_BT = lm.token_windows(lm.read_texts(required(args.corpus, "--corpus")), tokenizer, cfg.context)
     shape = PythiaConfig(math.ceil(tokenizer.vocab_size / 64) * 64, cfg.hidden_size, cfg.num_layers, cfg.num_heads,
                          intermediate_size=4 * cfg.hidden_size, max_positions=cfg.context)
     generator = torch.Generator().manual_seed(args.seed)
-    model = train_lm(Pythia(shape).initialize(generator).to(args.device), windows_BT, cfg, run, generator)
+    model = lm.train_lm(Pythia(shape).initialize(generator).to(args.device), windows_BT, cfg, run, generator)
     model.half().save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")
     steps = run.rows()[-1]["step"] + 1
     return {"steps": steps, "tokens": steps * cfg.batch_size * cfg.context, "train_loss": run.rows()[-1]["loss"],
-            "loss": evaluate_lm(args, run.folder / "model", cfg.context)}
+            "loss": lm.evaluate_lm(run.folder / "model", args.eval_corpus, cfg.context, args.device) if args.eval_corpus else None}
 
 
 # ------------------------------------------------------------------------------------------------- what stages load and share
@@ -346,19 +287,19 @@ def finished_coefs(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict | 
 
 
 def learned_policy(args: argparse.Namespace, cfg: interpret.InterpretConfig, model: Pythia, tokenizer: Tokenizer, saes: dict[int, sae.SAE],
-                   learned: dict[str, Tensor], config: dict) -> tuple[ppo.EditPolicy, ppo.Evaluation]:
+                   learned: dict[str, Tensor], config: dict) -> tuple[policies.EditPolicy, ppo.Evaluation]:
     """-> the policy of a finished run, and the evaluation of its own reward on its held-out prompts, by samples that the run has not seen."""
     rlhf = ppo.PPOConfig(**{f.name: config[f.name] for f in dataclasses.fields(ppo.PPOConfig) if f.name in config})
     # keep=0: `keep_few` has turned the vector that comes with it into biases already.
     rlhf = dataclasses.replace(rlhf, keep=0, eval_samples=min(max(cfg.effect_samples, cfg.fresh_samples), rlhf.eval_samples))
-    policy = ppo.make_policy("coef", model, args.layers, saes, rlhf, config["edit"])
+    policy = policies.make_policy("coef", model, args.layers, saes, rlhf, config["edit"])
     policy.load_state_dict(learned)
     prompts = load_prompts(config["eval_prompts"], model, tokenizer, rlhf, rlhf.eval_size)
     score_fn = reward.load_reward(config["reward"], tokenizer, args.dtype, args.device)
     return policy, ppo.Evaluation(model, prompts, score_fn, rlhf, seed=2_000_000 + int(config["seed"]))
 
 
-def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: "Run",
+def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokenizer: Tokenizer, run: Run,
              generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """-> windows to train on and held-out windows: from --corpus, or sampled from the model. They are kept in the run folder, and with them
     the state of the generator, so that training goes on with the same random numbers whether they were made or found."""
@@ -372,19 +313,19 @@ def sae_text(args: argparse.Namespace, cfg: sae.SAEConfig, model: Pythia, tokeni
     context = min(cfg.context, model.cfg.max_positions)
     heldout = max(2, cfg.eval_tokens // context)     # explanations are fitted on half of the windows
     if args.corpus:
-        windows_BT = token_windows(read_texts(args.corpus), tokenizer, context)
+        windows_BT = lm.token_windows(lm.read_texts(args.corpus), tokenizer, context)
         windows_BT = windows_BT[torch.randperm(len(windows_BT), generator=generator)]
         heldout = min(heldout, len(windows_BT) // 5)
         if heldout < 2:
             raise UserError(f"{args.corpus}: {len(windows_BT)} windows of {context} tokens are too few to train on and hold some out")
     else:
         train = 0 if cfg.load else -(-cfg.text_tokens // context)
-        windows_BT = sample_windows(model, tokenizer, heldout + train, context, cfg.text_batch, generator)
+        windows_BT = lm.sample_windows(model, tokenizer, heldout + train, context, cfg.text_batch, generator)
     write_safetensors(path, {"heldout": windows_BT[:heldout], "train": windows_BT[heldout:], "generator": generator.get_state()})
     return windows_BT[heldout:], windows_BT[:heldout]
 
 
-def find_text(run: "Run") -> Path | None:
+def find_text(run: Run) -> Path | None:
     """-> the text that a run made before it was stopped, or that an SAE beside it (another layer's, or a sweep's) made with the same options."""
     out, same = run.folder.parent, [name for name in run.config if name in TEXT_DEPENDS or name.startswith("sha256 ")]
     sweep = out.parent.glob("sweep-*/sae*/text.safetensors") if out.name.startswith("sweep-") else ()
@@ -394,58 +335,6 @@ def find_text(run: "Run") -> Path | None:
         if found.exists() and config.exists() and all(read_json(config).get(name) == run.config[name] for name in same):
             return found
     return None
-
-
-def read_texts(path: str | Path) -> list[str]:
-    """-> documents of a .txt (one), .jsonl or .jsonl.gz file ({"text": …}); UserError where there is no text at all."""
-    path = Path(path)
-    if path.suffix == ".txt":
-        with reading(path, "not readable as UTF-8 text"):
-            texts = [path.read_text(encoding="utf-8-sig")]
-    else:
-        texts = [row.get("text") for row in read_rows(path)]
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f'{path}: every row needs a "text" string')
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise UserError(f"{path}: an empty corpus: no text in it")
-    return texts
-
-
-def token_windows(texts: list[str], tokenizer: Tokenizer, context: int) -> Tensor:
-    """-> tokens_BT: all documents in one stream, an end-of-text token after each, cut into windows that start with one too; what does not
-    fill the last window is left out."""
-    stream: list[int] = []
-    for text in tqdm(texts, desc="tokenize", unit="doc", disable=len(texts) < 10_000):
-        stream += tokenizer.encode(text)
-        stream.append(tokenizer.end_of_text)
-    T = context - 1
-    if len(stream) < T:
-        raise UserError(f"the corpus has {len(stream)} tokens; one window of {T} is the least")
-    body_BT = torch.tensor(stream[:len(stream) // T * T], dtype=torch.int32).view(-1, T)
-    return F.pad(body_BT, (1, 0), value=tokenizer.end_of_text)
-
-
-def sample_windows(model: Pythia, tokenizer: Tokenizer, number: int, context: int, batch: int, generator: torch.Generator) -> Tensor:
-    """-> tokens_BT sampled from the model, `batch` windows at once, each from an end-of-text token on."""
-    chunks = []
-    with tqdm(total=number * context, desc="sample text", unit="tok", unit_scale=True) as bar:
-        for start in range(0, number, batch):
-            prompt_BT = torch.full((min(batch, number - start), 1), tokenizer.end_of_text, device=model.device)
-            chunks.append(model.generate(prompt_BT, context - 1, generator=generator).int().cpu())
-            bar.update(chunks[-1].numel())
-    return torch.cat(chunks)
-
-
-def read_pairs(path: str, half: int, generator: torch.Generator) -> tuple[list[reward.Preference], bool]:
-    """-> preference pairs of a file of pairs, or of labelled texts, and whether it was the latter."""
-    rows = read_rows(path)
-    if rows and "label" in rows[0]:
-        return reward.pairs_from_labels(rows, half, generator), True
-    pairs, dropped = reward.load_preferences(path)
-    if dropped:
-        print(f"{path}: {dropped} rows dropped (prompts differ, or an answer is empty)")
-    return pairs, False
 
 
 def read_prompts(path: str) -> list[str]:
@@ -482,65 +371,7 @@ def command_line(args: argparse.Namespace, stage: str, config: dict) -> str:
     return shlex.join(words)
 
 
-# Training a language model.
-
-def next_token_loss(model: Pythia, tokens_BT: Tensor) -> Tensor:
-    """-> mean cross-entropy in nats a predicted token (all but each window's first)."""
-    logits_BTV = model(tokens_BT[:, :-1])
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
-
-
-def train_lm(model: Pythia, windows_BT: Tensor, cfg: LMConfig, run: "Run", generator: torch.Generator) -> Pythia:
-    """AdamW on next-token loss over windows of text in random order -> the model, trained in place."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=cfg.lr, betas=(0.9, 0.98), fused=True)
-    steps = cfg.tokens // (cfg.batch_size * cfg.context)
-    if not steps:
-        raise UserError(f"--lm-tokens {cfg.tokens} do not fill one batch of {cfg.batch_size} windows of {cfg.context} tokens")
-    epoch_orders = [torch.randperm(len(windows_BT), generator=generator) for _ in range(-(-steps * cfg.batch_size // len(windows_BT)))]
-    order = torch.cat(epoch_orders)
-    first = run.restore(model=model, optimizer=optimizer)
-    bar = tqdm(range(first, steps), desc="lm", initial=first, total=steps)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min((step + 1) / cfg.warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        batch_BT = windows_BT[order[step * cfg.batch_size:(step + 1) * cfg.batch_size]].long().to(model.device)
-        loss = 0.0
-        for micro_BT in batch_BT.split(cfg.micro_batch):
-            with mixed_precision(model.device):      # the weights stay float32
-                part = next_token_loss(model, micro_BT) * len(micro_BT) / len(batch_BT)
-            part.backward()
-            loss += part.item()
-        check_finite(f"lm, step {step}", optimizer, loss=loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0 or step == steps - 1:
-            run.log(step=step, loss=loss)
-            bar.set_postfix(loss=f"{loss:.3f}")
-        run.checkpoint(step + 1, cfg.checkpoint_seconds, model=model, optimizer=optimizer)
-    return model
-
-
-@torch.no_grad()
-def evaluate_lm(args: argparse.Namespace, folder: Path, context: int) -> float | None:
-    """-> mean loss over all predicted tokens of --eval-corpus, in float32, with the weights as they were saved; None without one."""
-    if not args.eval_corpus:
-        return None
-    model = Pythia.from_pretrained(folder, dtype=torch.float32, device=args.device)
-    windows_BT = token_windows(read_texts(args.eval_corpus), Tokenizer.from_pretrained(folder), context)
-    losses = [next_token_loss(model, batch_BT.long().to(args.device)).double() * len(batch_BT)
-              for batch_BT in tqdm(windows_BT.split(16), desc="evaluate")]
-    return (sum(losses) / len(windows_BT)).item()
-
-
 # What compare and sweep do with runs.
-
-RLHF_FIGURES = ("score_gain_std", "kl", "gold_gain_std", "reward_loss", "distinct_2", "ref_perplexity", "n_changed", "seconds", "peak_memory_gib")
-SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead_fraction", "shrinkage", "explanation_score")
-
 
 def variant(args: argparse.Namespace, options: list[str], tags: list[str]) -> argparse.Namespace:
     """-> the options of this command, with others in their place; the tag is made of `tags`."""
@@ -550,7 +381,7 @@ def variant(args: argparse.Namespace, options: list[str], tags: list[str]) -> ar
 
 def run_if_unfinished(cell: argparse.Namespace, stage: str) -> None:
     """Run a stage in a process of its own, so that memory is measured for it alone; not again what is finished."""
-    if stage == "rlhf" and cell.policy in ppo.NEED_SAE and (missing := missing_saes(cell)):
+    if stage == "rlhf" and cell.policy in policies.NEED_SAE and (missing := missing_saes(cell)):
         run_process(cell, "sae", "--layer", ",".join(map(str, missing)))
     folder = folder_of(cell, stage)
     if (folder / "metrics.json").exists():
@@ -572,137 +403,9 @@ def run_process(cell: argparse.Namespace, stage: str, *options: str) -> None:
         raise UserError(f"{cell.out}: --stage {stage} {cell.tag} failed, see above; --resume goes on after the runs that are finished")
 
 
-def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """-> KL and gain of each held-out prompt at each point of a run's frontier, kl_EP and gain_EP."""
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if "eval_kls" in row]
-    return np.array([row["eval_kls"] for row in rows]), np.array([row["eval_gains"] for row in rows])
-
-
-def means(figures: list[dict], keys: tuple[str, ...] = RLHF_FIGURES) -> dict:
-    """-> the means over runs, of what each of them measured."""
-    return {key: statistics.mean(each[key] for each in figures) for key in keys if all(each.get(key) is not None for each in figures)}
-
-
-def intervals(title: str, kls: tuple[float, ...], values: np.ndarray, drawn: np.ndarray) -> dict[str, str]:
-    """-> columns of a table: the value at each KL with the middle 95 % of its bootstrap samples, the rows of `drawn`; "not reached" where more
-    than 2.5 % of these do not come so far, for the others would make the interval too high."""
-    return {f"{title} {at:g}": f"{value:.2f} [{np.nanquantile(sample, 0.025):.2f}, {np.nanquantile(sample, 0.975):.2f}]"
-            if math.isfinite(value) and np.isnan(sample).mean() <= 0.025 else "not reached" for at, value, sample in zip(kls, values, drawn.T)}
-
-
-def write_tables(path: Path, *tables: list[dict]) -> None:
-    """Print tables, and write them in Markdown."""
-    lines = []
-    for rows in filter(None, tables):
-        columns = list(dict.fromkeys(key for row in rows for key in row))                # a run without a gold model has no such figure
-        cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in (row.get(key, "") for key in columns)] for row in rows]
-        lines += ["", *("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *cells))]
-    print("\n".join(lines))
-    write_whole(path, lambda file: file.write("\n".join([*lines[1:], ""]).encode()))
-
-
-# ------------------------------------------------------------------------------------------------------------- run folders
-
-class Run:
-    """One stage's folder OUT/STAGE: config.json, metrics.jsonl (a line a logged step), state.pt while it runs, metrics.json at its end.
-
-    Each file is whole at every instant but metrics.jsonl, which state.pt has a copy of: whatever was going on when a run was killed,
-    resuming puts all back to one moment. A lock keeps a second process out; the kernel drops it when the process ends, however it ends.
-    """
-
-    def __init__(self, folder: Path, config: dict, resume: bool):
-        self.folder, self.config = folder, config
-        found = folder / "config.json"
-        self.fresh = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(folder / "lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is being worked on by another process: wait for its end, or choose another --out or --tag") from None
-        if found.exists():
-            if not resume:
-                raise UserError(f"{folder} holds a run already: go on with it by --resume, or choose another folder by --out or --tag")
-            before = read_json(found)
-            changed = [key for key, value in (before | config).items() if before.get(key) != value]
-            if changed:
-                raise UserError(f"{folder} was begun with another {', '.join(changed)}: give the same options, or another --out")
-        write_json(found, config)
-        self.saved = time.monotonic()
-        self.loop_begun, self.stopped = False, 0
-        self.tokens_per_second = 0.0                 # of SAE training, which fills it in
-
-    def log(self, **figures) -> None:
-        """Append a line to metrics.jsonl."""
-        path = self.folder / "metrics.jsonl"
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(figures) + "\n")
-        except OSError as error:
-            raise not_written(path, error) from None
-
-    def rows(self) -> list[dict]:
-        """All lines of metrics.jsonl."""
-        return read_rows(self.folder / "metrics.jsonl")
-
-    def checkpoint(self, step: int, seconds: float, **parts) -> None:
-        """Every `seconds`, and when the run was asked to stop, save the log and the state of `parts` (dicts, and what has a state_dict) after
-        `step` steps."""
-        if self.stopped or time.monotonic() - self.saved > seconds:
-            signal.alarm(0)                          # a save in progress may take its time
-            log = self.folder / "metrics.jsonl"
-            state = {"step": step, "log": log.read_text() if log.exists() else ""} | {
-                name: part.get_state() if isinstance(part, torch.Generator) else part if isinstance(part, dict) else part.state_dict()
-                for name, part in parts.items()}
-            write_whole(self.folder / "state.pt", lambda file: torch.save(state, file))
-            self.saved = time.monotonic()
-        if self.stopped:
-            raise KeyboardInterrupt(self.stopped)
-
-    def restore(self, **parts) -> int:
-        """-> how many steps are done, with `parts` and the log as they were then."""
-        self.loop_begun = True
-        log, path = self.folder / "metrics.jsonl", self.folder / "state.pt"
-        if not path.exists():
-            log.unlink(missing_ok=True)
-            return 0
-        state = load_state(path)
-        for name, part in parts.items():
-            (part.set_state if isinstance(part, torch.Generator) else part.update if isinstance(part, dict) else part.load_state_dict)(state[name])
-        write_whole(log, lambda file: file.write(state["log"].encode()))
-        return state["step"]
-
-    def stop(self, signum: int, frame: object) -> None:
-        """On Ctrl-C or SIGTERM: the training loop may end its step, and saves its state; after 10 s, or when asked twice, or where no loop
-        has begun, stop at once (the alarm after 10 s comes back here). The state on the disk is whole at any instant."""
-        if self.stopped or not self.loop_begun:
-            raise KeyboardInterrupt(self.stopped or signum)
-        self.stopped = signum
-        signal.alarm(10)
-
-    def __enter__(self) -> "Run":
-        self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        signal.alarm(0)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.lock.close()
-
-    def finish(self, figures: dict) -> dict:
-        """Write the final figures; the resumable state is no longer needed."""
-        write_json(self.folder / "metrics.json", figures)
-        for path in self.folder.glob("*.pt*"):       # also what a kill left of one that was being written
-            path.unlink()
-        if self.stopped:                             # while it was evaluated: no next stage
-            raise KeyboardInterrupt(self.stopped)
-        return figures
-
-
 # ------------------------------------------------------------------------------------------------------------ command line
 
-STAGES = {"lm": (stage_lm, LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward": (stage_reward, reward.RewardConfig),
+STAGES = {"lm": (stage_lm, lm.LMConfig), "sae": (stage_sae, sae.SAEConfig), "reward": (stage_reward, reward.RewardConfig),
           "rlhf": (stage_rlhf, ppo.PPOConfig), "interpret": (stage_interpret, interpret.InterpretConfig),
           "compare": (stage_compare, CompareConfig), "sweep": (stage_sweep, SweepConfig)}
 # What besides its own options a stage's result depends on; another value of these is another run.
@@ -725,8 +428,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stage", default="all", choices=["all", *STAGES], help="all: sae, rlhf, and for coef interpret")
     add("--model", default="tiny", help="an embedded model, the folder of a checkpoint, or a name of the Hugging Face hub")
     add("--layer", default=None, help="whose MLP output is read and edited, from 0: a number, several (1,2,3), or all; the middle one")
-    add("--policy", default="coef", choices=ppo.POLICIES, help="what RLHF trains: coefficients of the SAE, or what to compare them with")
-    add("--edit", default="scale", choices=ppo.EDITS, help="coefficients, or coefficients and biases")
+    add("--policy", default="coef", choices=policies.POLICIES, help="what RLHF trains: coefficients of the SAE, or what to compare them with")
+    add("--edit", default="scale", choices=policies.EDITS, help="coefficients, or coefficients and biases")
     add("--reward", default="tiny-reward", help="a reward model (embedded, a folder, or of the hub), or avoid:FILE, a list of words to avoid")
     add("--gold", default="tiny-gold", help="a second reward model, for evaluation only; '' for none")
     add("--prompts", default="assets/prompts.txt", help="one a line, to train on; or a file of preference pairs, for theirs")
@@ -838,7 +541,7 @@ def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
     another SAE than they were learned on."""
     named = [reward.text_reward(getattr(args, name) or "")[1] for name in FILES if name in DEPENDS[stage]]
     files = []
-    if stage in ("rlhf", "interpret") and args.policy in ppo.NEED_SAE:
+    if stage in ("rlhf", "interpret") and args.policy in policies.NEED_SAE:
         files += [sae_folder(args, layer) / "sae_weights.safetensors" for layer in args.layers]
     if stage == "interpret":
         files.append(folder_of(args, "rlhf") / "policy.safetensors")
@@ -882,7 +585,7 @@ def run_stage(stage: str, args: argparse.Namespace) -> dict:
                 if run.fresh and not (run.folder / "metrics.jsonl").exists():      # so that the mended command can be given again
                     shutil.rmtree(run.folder)
                 raise
-            figures = run.finish(figures | {"seconds": round(time.monotonic() - start, 2)})
+            figures = run.finish(figures | {"seconds": round(time.monotonic() - start, 2), "peak_memory_gib": peak_memory_gib(args.device)})
     print(f"{run.folder}: " + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
                                         if not isinstance(value, list)))
     return figures
@@ -898,10 +601,10 @@ def run_saes(args: argparse.Namespace, missing: bool = False) -> None:
 
 def check_inputs(args: argparse.Namespace) -> None:
     """UserError for what rlhf will refuse or not find: now, not when the SAE has been trained."""
-    ppo.check_policy(args.policy, args.edit, args.configs["rlhf"])
+    policies.check_policy(args.policy, args.edit, args.configs["rlhf"])
     for path in (args.prompts, args.eval_prompts):
         read_prompts(path)
-    if args.policy in ppo.NEED_SAE:
+    if args.policy in policies.NEED_SAE:
         missing_saes(args)
     for name in filter(None, (required(args.reward, "--reward"), args.gold)):
         make, path = reward.text_reward(name)
@@ -920,7 +623,7 @@ def main(argv: list[str] | None = None) -> int:
         if "rlhf" in stages:
             check_inputs(args)
         for stage in stages:
-            if stage == "sae" or stage == "rlhf" and args.policy in ppo.NEED_SAE:
+            if stage == "sae" or stage == "rlhf" and args.policy in policies.NEED_SAE:
                 run_saes(args, missing=stage == "rlhf")
             if stage != "sae":
                 run_stage(stage, args)

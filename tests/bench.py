@@ -35,11 +35,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import policies  # noqa: E402
 import ppo  # noqa: E402
 import train  # noqa: E402
 from interpret import as_sparse_as, class_means, explanation_score, logit_effect  # noqa: E402
-from pythia import Pythia, PythiaConfig, Tokenizer, pad, read_json, read_rows, read_safetensors, write_json, write_safetensors  # noqa: E402
+from files import read_json, read_rows, write_json  # noqa: E402
+from pythia import Pythia, PythiaConfig, ScoreFn, Tokenizer, pad, read_safetensors, write_safetensors  # noqa: E402
 from reward import RewardModel, encode_pairs, load_reward, pairs_from_labels, window  # noqa: E402
+from runs import peak_memory_gib  # noqa: E402
 from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, evaluate_sae, load_sae, mlp_rows, mmcs, random_dictionary, train_sae  # noqa: E402
 
 # name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed
@@ -117,7 +120,7 @@ def show(args: argparse.Namespace, bench: str, **figures) -> None:
     figures = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in figures.items()}
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(json.dumps({"bench": bench, "model": args.model, "device": device, "dtype": str(args.dtype).removeprefix("torch.")} | figures
-                     | {"repeats": args.repeats, "peak_gib": round(ppo.peak_memory_gib(args.device), 3)}), flush=True)
+                     | {"repeats": args.repeats, "peak_gib": round(peak_memory_gib(args.device), 3)}), flush=True)
 
 
 def compare(args: argparse.Namespace, bench: str, tokens: int, shapes: dict, taken: dict[str, float]) -> None:
@@ -136,7 +139,7 @@ def bench_load(args: argparse.Namespace) -> None:
     model = Pythia.from_pretrained(folder, dtype=args.dtype, device=args.device)
     synchronize(args)
     taken, gib = time.perf_counter() - start, sum(p.nbytes for p in model.parameters()) / 2 ** 30
-    show(args, "load", seconds=taken, weights_gib=gib, peak_over_weights=ppo.peak_memory_gib(args.device) / gib)
+    show(args, "load", seconds=taken, weights_gib=gib, peak_over_weights=peak_memory_gib(args.device) / gib)
 
 
 def bench_trunk(args: argparse.Namespace) -> None:
@@ -214,20 +217,20 @@ def bench_sae(args: argparse.Namespace) -> None:
              product_tflops=2 * a_ND.numel() * args.features / taken["product"] / 1e12, share_of_matmul_rate=5 * taken["product"] / taken["step"])
 
 
-def random_edits(args: argparse.Namespace, model: Pythia, layer: int) -> ppo.EditPolicy:
+def random_edits(args: argparse.Namespace, model: Pythia, layer: int) -> policies.EditPolicy:
     """Coefficients on a random SAE with about 32 active features a token."""
     sae = SAE(model.cfg.hidden_size, args.features, torch.Generator().manual_seed(0)).to(model.device)
     with torch.no_grad():
         x_ND = model.mlp_output(random_tokens(model, 4, 32), layer).flatten(0, 1).float()
         before_NF = x_ND @ sae.W_enc_DF
         sae.b_enc_F -= before_NF.quantile(1 - 32 / args.features) if before_NF.numel() < 2 ** 24 else before_NF[0].topk(32).values[-1]
-    return ppo.EditPolicy(model, {layer: ppo.FeatureScale(sae)})
+    return policies.EditPolicy(model, {layer: policies.FeatureScale(sae)})
 
 
 class PPOBench:
     """One PPO iteration of a policy, by phase, on random prompts, with a random reward model of the same shape."""
 
-    def __init__(self, args: argparse.Namespace, policy: ppo.Policy, score_fn: ppo.ScoreFn, cfg: ppo.PPOConfig, prompt_tokens: int):
+    def __init__(self, args: argparse.Namespace, policy: policies.Policy, score_fn: ScoreFn, cfg: ppo.PPOConfig, prompt_tokens: int):
         self.policy, self.score_fn, self.cfg, model = policy, score_fn, cfg, policy.model
         self.prompt_BT = random_tokens(model, cfg.episodes, prompt_tokens)
         self.critic = ppo.Critic(model.cfg.hidden_size, cfg.response_tokens, model.device)
@@ -262,8 +265,8 @@ class PPOBench:
             phase()
 
 
-def make_policy(args: argparse.Namespace, name: str, model: Pythia, cfg: ppo.PPOConfig) -> ppo.Policy:
-    return random_edits(args, model, args.layer) if name == "coef" else ppo.make_policy(name, model, [args.layer], {}, cfg)
+def make_policy(args: argparse.Namespace, name: str, model: Pythia, cfg: ppo.PPOConfig) -> policies.Policy:
+    return random_edits(args, model, args.layer) if name == "coef" else policies.make_policy(name, model, [args.layer], {}, cfg)
 
 
 def reward_like(model: Pythia) -> RewardModel:
@@ -334,13 +337,13 @@ def bench_ppo(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def trunk_anew(policy: ppo.EditPolicy, tokens_BT: Tensor, mask_BT: Tensor, trunk: ppo.Trunk) -> ppo.Trunk:
+def trunk_anew(policy: policies.EditPolicy, tokens_BT: Tensor, mask_BT: Tensor, trunk: policies.Trunk) -> policies.Trunk:
     """-> what `trunk` caches, computed again."""
     resid_BTD, *seen = policy.model.trunk(tokens_BT[:, :-1], policy.lowest, mask_BT[:, :-1])
-    return ppo.Trunk(trunk.ref_hidden_BRD, resid_BTD, policy.edits[policy.lowest].encode(*seen))
+    return policies.Trunk(trunk.ref_hidden_BRD, resid_BTD, policy.edits[policy.lowest].encode(*seen))
 
 
-def uncached_hidden(policy: ppo.EditPolicy, cached: Callable, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: ppo.Trunk) -> Tensor:
+def uncached_hidden(policy: policies.EditPolicy, cached: Callable, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: policies.Trunk) -> Tensor:
     return cached(tokens_BT, mask_BT, R, trunk_anew(policy, tokens_BT, mask_BT, trunk))
 
 
@@ -583,7 +586,7 @@ def crowd(args: argparse.Namespace) -> None:
                                       "--out", str(args.rlhf.parent), "--dtype", "float32"]))
     (model, tokenizer), (layer,) = train.load_model(told), told.layers
     cfg = ppo.PPOConfig(**{f.name: config[f.name] for f in dataclasses.fields(ppo.PPOConfig) if f.name in config} | {"keep": 0})
-    policy = ppo.make_policy(told.policy, model, told.layers, train.load_saes(told, model), cfg, config["edit"])
+    policy = policies.make_policy(told.policy, model, told.layers, train.load_saes(told, model), cfg, config["edit"])
     policy.load_state_dict(read_safetensors(args.rlhf / "policy.safetensors"))
     prompts = train.load_prompts(config["eval_prompts"], model, tokenizer, cfg, cfg.eval_size)
     evaluation = ppo.Evaluation(model, prompts, load_reward(config["reward"], tokenizer, torch.float32), cfg, seed=3_000_000)

@@ -18,11 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import policies  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sae  # noqa: E402
 import train  # noqa: E402
-from pythia import Pythia, Tokenizer, read_json  # noqa: E402
+from files import read_json  # noqa: E402
+from pythia import Pythia, Tokenizer  # noqa: E402
 
 RIDGE = 1.0              # added to F where its diagonal is 1
 
@@ -38,7 +40,7 @@ def gradients(args: argparse.Namespace) -> dict[str, tuple[Tensor, ...]]:
     dictionaries = {"coef": trained, "random": sae.random_dictionary(trained, generator, l0=read_json(folder / "metrics.json")["l0"])}
     score_fn = reward.load_reward(args.reward, tokenizer)
     prompts = train.load_prompts("assets/prompts.txt", model, tokenizer, cfg)
-    policy, critic = ppo.make_policy("steer", model, [layer], {}, cfg), ppo.Critic(model.cfg.hidden_size, cfg.response_tokens, model.device)
+    policy, critic = policies.make_policy("steer", model, [layer], {}, cfg), ppo.Critic(model.cfg.hidden_size, cfg.response_tokens, model.device)
     standardize, found = ppo.Standardize.by_reference(policy, prompts, score_fn, cfg, generator), {}
     for _ in tqdm(range(args.episodes // cfg.episodes)):
         rollout = ppo.collect_rollouts(policy, *prompts.draw(cfg.episodes // 4, 4, generator), prompts.end_of_text, cfg, generator)

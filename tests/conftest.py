@@ -8,8 +8,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))       # so that a plain `pyte
 import pytest
 import torch
 
-from pythia import Pythia, PythiaConfig, UserError
-from train import Run
+from files import UserError
+from pythia import Pythia, PythiaConfig
+from runs import Run
 
 CONFIG = PythiaConfig(vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=64, max_positions=64,
                       rotary_pct=0.5)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch._dynamo  # noqa: E402, F401  (torch imports it late, which would be once for every child)
 
 import train  # noqa: E402
-from pythia import read_json  # noqa: E402
+from files import read_json  # noqa: E402
 
 # What clocks, the machine and the folder decide.
 MEASURED = {"seconds", "seconds_per_iteration", "tokens_per_second", "peak_memory_gib", "commands"}

@@ -23,8 +23,9 @@ import torch
 from pretend_gpu import DEVICE, PretendGPU, each
 
 import bench
+import lm
+import policies
 import ppo
-import train
 from bench import NoRun
 from pythia import Pythia, PythiaConfig
 from reward import RewardModel
@@ -104,7 +105,7 @@ def rlhf(args: argparse.Namespace) -> list[Callable[[], object]]:
         saes = {args.layer: SAE(model.cfg.hidden_size, args.features).requires_grad_(False)} if args.policy == "coef" else {}
     cfg = ppo.PPOConfig(episodes=args.episodes, samples_per_prompt=1, response_tokens=args.response_tokens, epochs=1, micro_batch=args.micro_batch,
                         generate_batch=args.generate_batch)
-    run = bench.PPOBench(args, ppo.make_policy(args.policy, model, [args.layer], saes, cfg), reward, cfg, args.prompt_tokens)
+    run = bench.PPOBench(args, policies.make_policy(args.policy, model, [args.layer], saes, cfg), reward, cfg, args.prompt_tokens)
     return [run.iteration, run.generate, run.reference, run.score, run.update]           # Adam's moments are there from the second on
 
 
@@ -114,7 +115,7 @@ def sae_training(args: argparse.Namespace) -> list[Callable[[], object]]:
     cfg = SAEConfig(num_features=args.features, text_batch=args.generate_batch, tokens=3 * SAEConfig.batch_size, resample_at=(), objective=args.objective)
 
     def text() -> None:
-        train.sample_windows(model, SimpleNamespace(end_of_text=0), args.generate_batch, cfg.context, args.generate_batch, torch.Generator())
+        lm.sample_windows(model, SimpleNamespace(end_of_text=0), args.generate_batch, cfg.context, args.generate_batch, torch.Generator())
 
     def training() -> None:
         windows_BT = torch.zeros(cfg.text_tokens // cfg.context, cfg.context, dtype=torch.int32)
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--stage", default="rlhf", choices=("rlhf", "sae"))
     parser.add_argument("--model", default="6.9b", choices=bench.SHAPES)
     parser.add_argument("--reward", default="6.9b", choices=bench.SHAPES)
-    parser.add_argument("--policy", default="coef", choices=[name for name in ppo.POLICIES if not name.startswith("random")])
+    parser.add_argument("--policy", default="coef", choices=[name for name in policies.POLICIES if not name.startswith("random")])
     parser.add_argument("--objective", default="l1", choices=OBJECTIVES)
     for name, default in (("layer", 16), ("features", 32768), ("episodes", 64), ("prompt-tokens", 64), ("response-tokens", 64), ("micro-batch", 4),
                           ("generate-batch", 64)):

@@ -28,7 +28,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import NoRun  # noqa: E402
-from pythia import Pythia, read_json, read_safetensors, write_json  # noqa: E402
+from files import read_json, write_json  # noqa: E402
+from pythia import Pythia, read_safetensors  # noqa: E402
 from sae import SAE, SAEConfig, evaluate_sae, load_sae, mlp_rows, train_sae  # noqa: E402
 
 LIBRARY_CLASSES = {"l1": "StandardTrainer", "topk": "TopKTrainer", "batchtopk": "BatchTopKTrainer"}

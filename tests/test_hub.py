@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from conftest import complaint, random_model, random_tokens
-from pythia import CheckpointFiles, Pythia, Tokenizer, hub_file, read_safetensors, write_json, write_safetensors
+from files import CheckpointFiles, hub_file, write_json
+from pythia import Pythia, Tokenizer, read_safetensors, write_safetensors
 
 COMMIT, REPO, LARGE = "0123456789abcdef" * 2 + "01234567", "acme/neo", 4096
 BYTES = bytes(range(256)) * 1024                                 # content of a large file

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import policies
 import interpret
 import ppo
 from bench import shuffled_weights
@@ -104,7 +105,7 @@ def edited(layers: list[int], prompts: list[str], R: int, samples: int, worth_V:
     """-> a policy with coefficients and biases at `layers`, nothing learned, and the evaluation of a Counting reward."""
     model = random_model(dtype, **shape)
     saes = {layer: SAE(32, features, seeded(layer)).to(dtype) for layer in layers}
-    policy = ppo.EditPolicy(model, {layer: ppo.FeatureScale(sae, bias=True) for layer, sae in saes.items()})
+    policy = policies.EditPolicy(model, {layer: policies.FeatureScale(sae, bias=True) for layer, sae in saes.items()})
     cfg = ppo.PPOConfig(response_tokens=R, eval_samples=samples)
     texts = ppo.Prompts(prompts, Characters(), R, model.cfg.max_positions, model.device)
     return policy, ppo.Evaluation(model, texts, Counting(worth_V), cfg, seed=3)

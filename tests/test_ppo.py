@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
-from ppo import (AdaptiveKL, Critic, Evaluation, FeatureScale, PPOConfig, Prompts, Rollout, Standardize, Trunk,
-                 collect_rollouts, episode_gradients, forward_selection, gae, gain_at_kl, gains_at_kls, join, keep_few, kl_rewards, make_policy,
-                 next_logprobs, make_rollout, pick, ppo_loss, respond, score, select, train_ppo, update_policy, whiten)
-from pythia import UserError, pad
+from compare import gain_at_kl, gains_at_kls
+from policies import FeatureScale, Trunk, make_policy
+from ppo import AdaptiveKL, Critic, Evaluation, PPOConfig, Prompts, Rollout, Standardize, collect_rollouts, episode_gradients, forward_selection, gae, join, keep_few, kl_rewards, make_rollout, next_logprobs, pick, ppo_loss, respond, score, select, train_ppo, update_policy, whiten
+from files import UserError
+from pythia import pad
 from sae import SAE
-from train import Run
+from runs import Run
 
 R, F32, F64, CPU = 5, torch.float32, torch.float64, torch.device("cpu")
 CFG = PPOConfig(iterations=4, episodes=32, samples_per_prompt=2, response_tokens=R, epochs=2, minibatches=2, micro_batch=8,

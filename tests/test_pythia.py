@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pythia import (DTYPES, CheckpointFiles, Linear, Pythia, PythiaConfig, Tokenizer, UserError, attention_mask, bytes_of_characters,
-                    check_finite, load_state, pad, read_rows, read_safetensors, read_weights, sample, stream_safetensors,
-                    write_json, write_safetensors, write_whole)
-from ppo import FeatureScale, LoRAPolicy
+from files import CheckpointFiles, UserError, load_state, read_rows, write_json, write_whole
+from pythia import DTYPES, Linear, Pythia, PythiaConfig, Tokenizer, attention_mask, bytes_of_characters, pad, read_safetensors, read_weights, sample, stream_safetensors, write_safetensors
+from runs import check_finite
+from policies import FeatureScale, LoRAPolicy
 from sae import SAE
 
 REPO = Path(__file__).parents[1]

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
-from pythia import Pythia, Tokenizer, pad, read_json, read_safetensors, write_json, write_safetensors
+from files import read_json, write_json
+from pythia import Pythia, Tokenizer, pad, read_safetensors, write_safetensors
 from reward import (Preference, RewardConfig, RewardModel, TextReward, ThroughText, avoid_words, cut_randomly,
                     encode_pairs, evaluate_reward, keep_end, load_preferences, load_reward, oasst_dialogue,
                     pairs_from_labels, prefix_scores, preference_loss, train_reward, window)
-from train import Run
+from runs import Run
 
 CPU, GOLDEN, TINY = torch.device("cpu"), Path(__file__).parent / "golden", Tokenizer.from_pretrained("tiny")
 BEGINNING = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"

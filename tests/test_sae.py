@@ -10,11 +10,12 @@ import torch
 
 from bench import NoRun, PlantedRows
 from conftest import CONFIG, complaint, killed_and_resumed, random_model, random_tokens
-from pythia import read_json, read_safetensors, write_json, write_safetensors
+from files import read_json, write_json
+from pythia import read_safetensors, write_safetensors
 from sae import (BANDWIDTH, OBJECTIVES, SAE, ActivationBuffer, Pass, SAEConfig, SAETrainer, active, auxk, evaluate_sae, gate_error,
                  jumprelu, load_sae, mlp_rows, mmcs, normalize_decoder, random_dictionary, read_sae, refit_decoder, remove_radial_gradient, resample_dead,
                  train_sae)
-from train import Run
+from runs import Run
 
 D, F, LAYER = CONFIG.hidden_size, 80, 2
 

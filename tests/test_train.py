@@ -15,9 +15,13 @@ import pytest
 import torch
 from torch.utils import backend_registration
 
+import compare
+import lm
 import train
 from conftest import complaint
-from pythia import Pythia, PythiaConfig, Tokenizer, load_state, read_json, read_safetensors, write_json, write_safetensors
+from files import load_state, read_json, write_json
+from runs import Run
+from pythia import Pythia, PythiaConfig, Tokenizer, read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--sae-text-tokens", "4000", "--sae-eval-tokens", "1024", "--sae-context", "32", "--sae-tokens", "12000", "--sae-batch-size", "256",
@@ -163,7 +167,7 @@ def test_the_prompts_of_the_assets_are_found_from_everywhere_and_named_the_same(
 def test_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffThe film\nHer role\n")
-    assert train.read_prompts(str(path)) == ["The film", "Her role"] and train.read_texts(path) == ["The film\nHer role\n"]
+    assert train.read_prompts(str(path)) == ["The film", "Her role"] and lm.read_texts(path) == ["The film\nHer role\n"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU adds up in any order")
@@ -205,7 +209,7 @@ def test_a_command_line_says_booleans_and_numbers_apart():
 
 
 def test_tables_keep_their_columns_where_a_run_lacks_a_figure(tmp_path):
-    train.write_tables(tmp_path / "t.md", [{"run": "a", "kl": 1.0}, {"run": "b", "gold": 2.0, "kl": 3.0}])
+    compare.write_tables(tmp_path / "t.md", [{"run": "a", "kl": 1.0}, {"run": "b", "gold": 2.0, "kl": 3.0}])
     assert (tmp_path / "t.md").read_text().splitlines() == ["| run | kl | gold |", "| --- | --- | --- |", "| a | 1 |  |", "| b | 3 | 2 |"]
 
 
@@ -284,7 +288,7 @@ def test_a_sweep_is_refused_before_its_first_cell(tmp_path, capsys):
 def test_a_kl_that_many_draws_do_not_reach_is_not_reached():
     drawn = np.tile(np.linspace(0.0, 1.0, 201), (2, 1)).T
     drawn[:6, 0] = drawn[:5, 1] = np.nan                               # 6 and 5 of 201
-    assert train.intervals("at", (1.0, 2.0), np.array([0.5, 0.5]), drawn) == {"at 1": "not reached", "at 2": "0.50 [0.05, 0.98]"}
+    assert compare.intervals("at", (1.0, 2.0), np.array([0.5, 0.5]), drawn) == {"at 1": "not reached", "at 2": "0.50 [0.05, 0.98]"}
 
 
 @pytest.mark.parametrize("policy", ["random", "random_rates"])
@@ -310,9 +314,9 @@ def test_a_gpu_is_made_the_current_one_and_without_bfloat16_given_float32(monkey
 
 
 def test_sweep_trains_each_cell_once(tmp_path, monkeypatch):
-    sampled, sample_windows = [], train.sample_windows
+    sampled, sample_windows = [], lm.sample_windows
     monkeypatch.setattr(train, "run_process", within)
-    monkeypatch.setattr(train, "sample_windows", lambda *about: sampled.append(about) or sample_windows(*about))
+    monkeypatch.setattr(lm, "sample_windows", lambda *about: sampled.append(about) or sample_windows(*about))
     options = [*few_prompts(tmp_path), "--layer", "1", "--interpret-features", "2", "--interpret-checks", "0",
                "--stage", "sweep", "--sweep-objectives", "l1,topk", "--sweep-l0", "5", "--sweep-seeds", "1", "--sweep-kl", "0.001"]
     for name, content in (("metrics", {}), ("config", {"tokens": 1})):           # an SAE with other options beside it, which a sweep does not use
@@ -501,14 +505,14 @@ def test_empty_corpus(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- killed, stopped, gone wrong
 
 def test_a_second_process_is_refused_while_the_first_lives(tmp_path, capsys):
-    first = train.Run(tmp_path / "sae", {}, resume=False)
+    first = Run(tmp_path / "sae", {}, resume=False)
     assert run("--stage", "sae", "--resume", out=tmp_path) == 2 and "another process" in capsys.readouterr().err
     first.lock.close()                                                 # as the kernel does when a process ends: the file stays
-    train.Run(tmp_path / "sae", {}, resume=True)
+    Run(tmp_path / "sae", {}, resume=True)
 
 
 def test_the_log_goes_back_to_the_saved_state(tmp_path):
-    run, log = train.Run(tmp_path, {}, resume=False), tmp_path / "metrics.jsonl"
+    run, log = Run(tmp_path, {}, resume=False), tmp_path / "metrics.jsonl"
     generator = torch.Generator().manual_seed(0)
     run.log(step=0, loss=1.5)
     assert run.restore(generator=generator) == 0 and not log.exists()  # killed before the first state: the line will come again
@@ -521,7 +525,7 @@ def test_the_log_goes_back_to_the_saved_state(tmp_path):
     assert run.restore(generator=generator) == 2 and [row["step"] for row in run.rows()] == [0, 1]
     assert torch.equal(generator.get_state(), saved)
     (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)         # no line can be written there
-    assert "metrics.jsonl: cannot be written" in complaint(train.Run(tmp_path / "other", {}, resume=False).log, step=0)
+    assert "metrics.jsonl: cannot be written" in complaint(Run(tmp_path / "other", {}, resume=False).log, step=0)
     log.unlink()                                                       # lost, as where the machine went
     assert run.restore(generator=generator) == 2 and [row["step"] for row in run.rows()] == [0, 1]
 
@@ -529,7 +533,7 @@ def test_the_log_goes_back_to_the_saved_state(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_a_state_at_the_end_of_the_step(tmp_path, number):
     before = signal.getsignal(number)
-    with train.Run(tmp_path, {}, resume=False) as run:
+    with Run(tmp_path, {}, resume=False) as run:
         with pytest.raises(KeyboardInterrupt) as stopped:              # nothing to save yet
             signal.raise_signal(number)
         assert stopped.value.args == (number,)
@@ -576,10 +580,11 @@ def test_an_sae_that_is_loaded_needs_no_text_to_train_on(whole, tmp_path):
 
 def test_a_stage_killed_in_its_evaluation_ends_as_it_would_have(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("a good film " * 200)
-    options = ["--stage", "lm", *LM, "--corpus", str(tmp_path / "text.txt"), "--lm-checkpoint-seconds", "-1", "--resume", "--out"]
+    options = ["--stage", "lm", *LM, "--corpus", str(tmp_path / "text.txt"), "--eval-corpus", str(tmp_path / "text.txt"), "--lm-checkpoint-seconds", "-1",
+               "--resume", "--out"]
     assert train.main([*options, str(tmp_path / "a")]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_lm", lambda *_: signal.raise_signal(signal.SIGTERM) or signal.raise_signal(signal.SIGTERM))
+        patch.setattr(lm, "evaluate_lm", lambda *_: signal.raise_signal(signal.SIGTERM) or signal.raise_signal(signal.SIGTERM))
         assert train.main([*options, str(tmp_path / "b")]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.strip().endswith("stopped; --resume goes on from the last saved state")
     assert train.main([*options, str(tmp_path / "b")]) == 0
@@ -590,14 +595,14 @@ def test_a_stage_killed_in_its_evaluation_ends_as_it_would_have(tmp_path, monkey
 @pytest.mark.parametrize("poison, named", [(float("nan"), "lm, step 3: loss"), (float("inf"), "lm, step 3: loss"), (None, "lm, step 3: gradient")])
 def test_nan_is_named_and_the_last_good_state_kept(tmp_path, monkeypatch, capsys, poison, named):
     (tmp_path / "text.txt").write_text("a good film " * 200)
-    calls, honest = iter(range(100)), train.next_token_loss
+    calls, honest = iter(range(100)), lm.next_token_loss
 
     def loss(model, tokens_BT):
         value = honest(model, tokens_BT)
         if next(calls) != 6:                         # two a step
             return value
         return value + (0 * model.embed_out.weight.sum()).sqrt() if poison is None else value * poison         # √0: no finite slope
-    monkeypatch.setattr(train, "next_token_loss", loss)
+    monkeypatch.setattr(lm, "next_token_loss", loss)
     assert train.main(["--stage", "lm", *LM, "--corpus", str(tmp_path / "text.txt"), "--lm-checkpoint-seconds", "-1", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {named} is NaN or infinite; the step was not applied")
@@ -646,6 +651,14 @@ def test_readme_links_point_at_what_they_name():
     for name, file, line in links:
         text = (ROOT / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"(def|class) {name}\b|{name} =|    def {name}\b", text), f"{file}#L{line} is {text!r}, not {name}"
+
+
+def test_each_file_imports_only_from_further_down_the_readme_s_list():
+    listed = re.search(r"Each imports only from files further down in this list: (.*)\.", (ROOT / "README.md").read_text())[1].split(", ")
+    assert sorted(listed) == sorted(path.stem for path in ROOT.glob("*.py"))
+    for place, name in enumerate(listed):
+        imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE)) & set(listed)
+        assert imported <= set(listed[place + 1:]), f"{name}.py imports {imported}"
 
 
 def test_the_readme_s_example_as_a_library_runs_as_written(capsys):

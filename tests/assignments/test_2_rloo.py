@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 import torch
 
+import policies
 import ppo
 from assignments import need
 from bench import NoRun
 from conftest import Characters, random_model
-from pythia import UserError
+from files import UserError
 
 R = 4
 
@@ -73,12 +74,12 @@ def test_the_baseline_does_not_look_at_its_own_episode():
         f"lowers that of its two siblings by 3/2 each, and leaves the other prompt alone; got, by row:\n{advantages_BR}"))
 
 
-def train(score_fn, **changes) -> tuple[ppo.EditPolicy, list[dict]]:
+def train(score_fn, **changes) -> tuple[policies.EditPolicy, list[dict]]:
     """-> a steering vector after PPO with this reward on a random model, and the lines of the log."""
     cfg = ppo.PPOConfig(**{"advantage": "rloo", "iterations": 2, "episodes": 32, "samples_per_prompt": 2, "response_tokens": R, "minibatches": 1,
                            "micro_batch": 256, "kl_coef": 0.0, **changes})
     model, run = random_model(), NoRun()
-    policy = ppo.make_policy("steer", model, [2], {}, cfg)
+    policy = policies.make_policy("steer", model, [2], {}, cfg)
     prompts = ppo.Prompts(["1", "2 + 3", "17 - 4 +", "0", "42 = 6 * 7"], Characters(), R, 64, model.device)
     return ppo.train_ppo(policy, prompts, score_fn, cfg, run, torch.Generator().manual_seed(0)), run.lines
 

@@ -1,4 +1,4 @@
-"""Assignment 3: a steering vector that a feature switches on. File: ppo.py. About 20 lines.
+"""Assignment 3: a steering vector that a feature switches on. File: policies.py. About 20 lines.
 
 `Steer` adds one vector on every token, and `FeatureScale` scales each feature's own vector. Between them lies conditional steering (compare Lee et
 al. 2024, "Programming Refusal with Conditional Activation Steering", arXiv:2409.05907): one feature i says *when*, and how much; a learned vector v
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import policies
 import ppo
 from assignments import need
 from conftest import random_model, random_tokens
@@ -29,7 +30,7 @@ LAYER, R, F64 = 1, 5, torch.float64
 
 
 def wanted() -> None:
-    need(hasattr(ppo, "GatedSteer"), "ppo.py has no class GatedSteer yet")
+    need(hasattr(policies, "GatedSteer"), "policies.py has no class GatedSteer yet")
 
 
 def planted(dtype=F64) -> tuple:
@@ -43,10 +44,10 @@ def planted(dtype=F64) -> tuple:
     return model, sae, int((rate_F - 0.33).abs().argmin())
 
 
-def steered(model, sae: SAE, feature: int, layers=(LAYER,), moved: float = 1.0) -> ppo.EditPolicy:
+def steered(model, sae: SAE, feature: int, layers=(LAYER,), moved: float = 1.0) -> policies.EditPolicy:
     """-> the policy, its vectors random."""
     wanted()
-    policy, generator = ppo.EditPolicy(model, {layer: ppo.GatedSteer(sae, feature) for layer in layers}), torch.Generator().manual_seed(2)
+    policy, generator = policies.EditPolicy(model, {layer: policies.GatedSteer(sae, feature) for layer in layers}), torch.Generator().manual_seed(2)
     for vector_D in policy.trainable().values():
         shape = tuple(vector_D.shape)
         assert shape == (model.cfg.hidden_size,), f"only v should learn; found a trainable parameter of shape {shape}: freeze the SAE"
@@ -55,7 +56,7 @@ def steered(model, sae: SAE, feature: int, layers=(LAYER,), moved: float = 1.0) 
     return policy
 
 
-def formula(policy: ppo.EditPolicy, sae: SAE, feature: int) -> dict:
+def formula(policy: policies.EditPolicy, sae: SAE, feature: int) -> dict:
     """-> the edits as the task writes them, v being the policy's own."""
     def edit(vector_D):
         def change(mlp_BTD, neurons_BTM):
@@ -89,7 +90,7 @@ def test_the_change_is_its_formula():
 def test_along_its_own_direction_it_is_a_coefficient():
     model, sae, feature = planted()
     policy, mlp_BTD, c = steered(model, sae, feature), model.mlp_output(random_tokens(3, 12), LAYER), -0.7
-    (vector_D,), scale = policy.trainable().values(), ppo.FeatureScale(sae)
+    (vector_D,), scale = policy.trainable().values(), policies.FeatureScale(sae)
     vector_D.data = (c - 1) * sae.W_dec_FD[feature].detach()
     scale.coef_F.data[feature] = c
     np.testing.assert_allclose(policy.edits[LAYER](mlp_BTD, None).detach(), scale(mlp_BTD, None).detach(), atol=1e-9,

@@ -20,7 +20,7 @@ import reward
 import train
 from assignments import need
 from conftest import Characters, complaint
-from pythia import UserError
+from files import UserError
 
 WORDS = "good\nGREAT\nwell-made\ndon't\nGood\n"
 TEXTS = {                                                            # and what they are worth, counted by hand

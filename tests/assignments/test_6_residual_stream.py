@@ -20,7 +20,7 @@ import torch
 import pythia
 from assignments import need
 from conftest import random_model, random_tokens
-from ppo import EditPolicy, FeatureScale
+from policies import EditPolicy, FeatureScale
 from sae import SAE, evaluate_sae
 
 F64 = torch.float64

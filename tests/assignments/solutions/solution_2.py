@@ -6,7 +6,7 @@ import pytest
 
 import ppo
 from ppo import Tensor
-from pythia import UserError
+from files import UserError
 
 
 def rloo(rewards_BR: Tensor, mask_BR: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,10 @@
 
 import torch
 
-import ppo
-from ppo import SAE, Edit, Tensor, nn
+import policies
+from policies import Edit
+from torch import Tensor, nn
+from sae import SAE
 
 
 class GatedSteer(Edit):
@@ -25,7 +27,7 @@ class GatedSteer(Edit):
 
 
 def install(monkeypatch, steer=GatedSteer) -> None:
-    monkeypatch.setattr(ppo, "GatedSteer", steer, raising=False)
+    monkeypatch.setattr(policies, "GatedSteer", steer, raising=False)
 
 
 class Everywhere(GatedSteer):

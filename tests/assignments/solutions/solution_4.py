@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import reward
-from pythia import UserError
+from files import UserError
 from reward import TextReward
 
 
