@@ -1,4 +1,4 @@
-"""Runs laid side by side: gain at equal KL, read off their frontiers, with intervals over seeds and prompts.
+"""What --stage compare and --stage sweep (in train.py) lay side by side: gain at equal KL, read off frontiers, with intervals; tables.
 
 Dimension key: E points of a frontier   P held-out prompts
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError, read_rows, reading, write_whole
-from runs import check_positive
+from run import check_positive
 
 RLHF_FIGURES = ("score_gain_std", "kl", "gold_gain_std", "reward_loss", "distinct_2", "ref_perplexity", "n_changed", "seconds", "peak_memory_gib")
 SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead_fraction", "shrinkage", "explanation_score")

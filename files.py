@@ -1,6 +1,6 @@
 """Files: errors that tell the user what to do, files written whole or not at all, checkpoints of the Hugging Face hub.
 
-The lowest room of the house: it knows nothing of models. Whoever reads for the method can pass it by.
+The lowest room of the house: it knows no architecture. Whoever reads for the method can pass it by.
 """
 
 import contextlib

@@ -21,7 +21,7 @@ from policies import EditPolicy
 from ppo import Evaluated, Evaluation, by_prompt, spread
 from pythia import END_OF_TEXT, Pythia, Tokenizer
 from report import render_report
-from runs import check_positive
+from run import check_positive
 from sae import SAE, mlp_rows
 
 Feature = tuple[int, int]                            # (layer, number)

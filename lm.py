@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from files import UserError, read_rows, reading
 from pythia import Pythia, Tokenizer
-from runs import Run, check_finite, check_positive, mixed_precision
+from run import Run, check_finite, check_positive, mixed_precision
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class LMConfig:
     """--stage lm: train a small Pythia from scratch (this is how assets/tiny was made)."""
 
     tokenizer: str = "tiny"              # name or folder of a model whose tokenizer to use, or a tokenizer.json
-    num_layers: int = 4
-    hidden_size: int = 256
-    num_heads: int = 8
+    num_layers: int = 4                  # the defaults are assets/tiny
+    hidden_size: int = 256               # a multiple of num_heads; the MLP is four times as wide
+    num_heads: int = 8                   # of attention
     context: int = 256                   # tokens a window, the leading end-of-text token included
     tokens: int = 23_000_000             # trained on in all
     batch_size: int = 16                 # windows a step

@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,11 @@ from sae import SAE, active_product
 if TYPE_CHECKING:
     from ppo import PPOConfig
 
-NEED_SAE = ("coef", "random", "random_rates")         # random directions in its features' place: as many a token, or each as often
-POLICIES = (*NEED_SAE, "neurons", "steer", "lora", "full")
+# Coefficients of an SAE's features, or of random directions in their place: as many active a token, or each as often as a feature (see load_saes
+# in train.py). --edit and --rlhf-keep are theirs.
+FEATURES = ("coef", "random", "random_rates")
+NEED_SAE = FEATURES                                  # policies for which SAEs are loaded
+POLICIES = (*FEATURES, "neurons", "steer", "lora", "full")
 EDITS = ("scale", "scale+bias")
 
 
@@ -34,8 +37,10 @@ class Edit(nn.Module):
             tuple of tensors, or None
         change(what encode gave) -> change_BTD, or what broadcasts to it, through which PPO's gradient reaches the parameters
 
-    so that PPO can encode once a rollout. On a GPU both are captured in a CUDA graph while responses are sampled: there they may neither ask
-    for a value (`.item()`) nor have shapes that depend on one, nor do anything else in Python that is to happen at every token.
+    so that PPO can encode once a rollout. Parameters are named coef_…, bias_… or vector_…: learning rates and `keep_few` go by that.
+
+    On a GPU both are captured in a CUDA graph while responses are sampled: there they may neither ask for a value (`.item()`) nor have shapes
+    that depend on one, nor do anything else in Python that is to happen at every token.
     """
 
     def forward(self, mlp_BTD: Tensor, neurons_BTM: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ class Trunk(NamedTuple):
     T without the last token, which predicts nothing."""
     ref_hidden_BRD: Tensor               # the reference's final hidden states at the positions that predict the response
     resid_BTD: Tensor | None = None      # after the lowest edited layer, without its edit
-    features: Tensor | None = None       # what that layer's edit needs to know: features_BTF, or the MLP's neurons_BTM
+    features: Any = None                 # what that layer's edit has encoded: features_BTF, the MLP's neurons_BTM, …
 
 
 class Policy:
@@ -272,9 +277,9 @@ def check_policy(name: str, edit: str, cfg: "PPOConfig") -> None:
     for option, value, valid in (("--policy", name, POLICIES), ("--edit", edit, EDITS)):
         if value not in valid:
             raise UserError(f"{option} {value}: choose from {', '.join(valid)}")
-    if name not in NEED_SAE and (cfg.keep or edit != "scale"):
+    if name not in FEATURES and (cfg.keep or edit != "scale"):
         option = "--rlhf-keep" if cfg.keep else f"--edit {edit}"
-        raise UserError(f"{option} is for coefficients of features: --policy {', '.join(NEED_SAE)}, not {name}")
+        raise UserError(f"{option} is for coefficients of features: --policy {', '.join(FEATURES)}, not {name}")
 
 
 def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: "PPOConfig", edit: str = "scale", seed: int = 0) -> Policy:
@@ -291,4 +296,6 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
         return EditPolicy(model, {layer: NeuronScale(model.gpt_neox.layers[layer].mlp) for layer in layers})
     if name == "steer":
         return EditPolicy(model, {layer: Steer(model.cfg.hidden_size, model.device) for layer in layers}, default_lr=0.04)
-    return EditPolicy(model, {layer: FeatureScale(saes[layer], bias, vector=bias and cfg.keep > 0) for layer in layers})
+    if name in FEATURES:
+        return EditPolicy(model, {layer: FeatureScale(saes[layer], bias, vector=bias and cfg.keep > 0) for layer in layers})
+    raise NotImplementedError(f"--policy {name} is in POLICIES, but make_policy does not know it")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from files import UserError
 from pythia import Pythia, ScoreFn, Tokenizer, pad
 from policies import EditPolicy, Policy, Trunk
-from runs import Run, check_finite, check_positive
+from run import Run, check_finite, check_positive
 
 SHARES = (0.25, 0.5, 0.75, 1.0)                      # of the learned change, where gain and KL are measured
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from files import UserError, read_rows, reading, write_json
 from pythia import END_OF_TEXT, Pythia, PythiaConfig, ScoreFn, Tokenizer, pad, write_safetensors
-from runs import Run, check_finite, check_positive, mixed_precision
+from run import Run, check_finite, check_positive, mixed_precision
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,8 @@ def evaluate_reward(model: RewardModel, pairs: list[tuple[list[int], list[int]]]
 # ------------------------------------------------------------------------------------------------- functions of text as reward
 
 class TextReward:
-    """Make a function of texts, list[str] -> list of numbers, into a score_fn(tokens_BT, mask_BT) -> scores_B."""
+    """Make a function of texts, list[str] -> list of numbers, into a score_fn(tokens_BT, mask_BT) -> scores_B. A text is prompt and response, or
+    (`prefixes`) prompt and the response's beginning."""
 
     def __init__(self, function: Callable[[list[str]], list[float]], tokenizer: Tokenizer):
         self.function, self.tokenizer = function, tokenizer
@@ -317,6 +318,8 @@ TEXT_REWARDS = {"avoid": avoid_words}                # KIND -> what makes a func
 def text_reward(name: str) -> tuple[Callable[[str], Callable] | None, str]:
     """-> of KIND:FILE what makes the function, and FILE; of a model's name None, and the name."""
     kind, colon, path = name.partition(":")
+    if colon and kind not in TEXT_REWARDS and not Path(name).exists():
+        raise UserError(f"{name}: {kind!r} is no kind of function of texts (--reward); there is {', '.join(f'{k}:FILE' for k in TEXT_REWARDS)}")
     return (TEXT_REWARDS[kind], path) if colon and kind in TEXT_REWARDS else (None, name)
 
 

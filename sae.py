@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from files import UserError, load_state, read_json, reading, write_json
 from pythia import Pythia, capturing, read_safetensors, write_safetensors
-from runs import Run, check_finite, check_positive, multiplies_bfloat16
+from run import Run, check_finite, check_positive, multiplies_bfloat16
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ class SAE(nn.Module):
             "apply_b_dec_to_input": True, "normalize_activations": "none", "prepend_bos": True})
 
 
-def keep_largest(features: Tensor, k: int) -> Tensor:
-    """features (…, F) -> the same with all but the k largest of each row at 0."""
-    values, ids = features.topk(min(k, features.shape[-1]), dim=-1, sorted=False)
-    return torch.zeros_like(features).scatter(-1, ids, values)
+def keep_largest(pre: Tensor, k: int) -> Tensor:
+    """pre (…, F) -> max(0, pre) with all but the k largest of each row at 0."""
+    values, ids = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
+    return torch.zeros_like(pre).scatter(-1, ids, values.relu())
 
 
 def active_product(features_NF: Tensor, W_dec_FD: Tensor, scale_F: Tensor | None = None) -> Tensor:
@@ -242,47 +242,66 @@ def hoyer(p: Pass) -> Tensor:
 
 def topk(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
     """f = TopK(max(0, z)), the k largest of each row (Gao et al. 2024, "Scaling and evaluating sparse autoencoders")."""
-    return keep_largest(F.relu(pre_NF), sae.k)
+    return keep_largest(pre_NF, sae.k)
 
 
 def batchtopk(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
     """The k·N largest max(0, z) of the whole batch (Bussmann et al. 2024, "BatchTopK"). No token may depend on its batch when the SAE is
     used: `SAE.encode` takes a threshold instead, the moving average of the smallest feature kept."""
-    features_NF = F.relu(pre_NF)
-    least = features_NF.detach().flatten().topk(round(l0 * len(pre_NF)), sorted=False).values.min()
+    least = pre_NF.detach().flatten().topk(round(l0 * len(pre_NF)), sorted=False).values.min().clamp(min=0)
     with torch.no_grad():
         sae.threshold_F.lerp_(least, 0.01 if sae.threshold_F.any() else 1.0)
-    return features_NF * (features_NF >= least)
+    return pre_NF * (pre_NF >= least)
 
 
 def auxk(p: Pass) -> Tensor:
     """‖e − ê‖² / 32 (Gao et al. 2024): the D/2 largest of the *dead* features learn to reconstruct what the others leave, e = x − x̂,
     held fixed. Features that no selection reaches would get no gradient otherwise."""
-    dead_NG = F.relu(p.pre_NF[:, p.dead_F])
-    guess_ND = keep_largest(dead_NG, p.x_ND.shape[1] // 2) @ p.sae.W_dec_FD[p.dead_F]
-    return (p.error_ND.detach() - guess_ND).square().sum(-1) / 32
+    error_ND = p.error_ND.detach()
+    if p.dead_F.any():                               # else a gradient as large as z would be made, all 0
+        error_ND = error_ND - keep_largest(p.pre_NF[:, p.dead_F], p.x_ND.shape[1] // 2) @ p.sae.W_dec_FD[p.dead_F]
+    return error_ND.square().sum(-1) / 32
 
 
 BANDWIDTH = 2.0          # ε of the straight-through estimators, where E‖x‖² = D
 
 
-def straight_step(sae: SAE, pre_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """-> H(z − θ), and a zero with the slope that stands in for H's: −(1/ε) 1[|z − θ| < ε/2] by θ, none by z."""
-    over_NF = pre_NF.detach() - sae.threshold_F.detach()
-    zero_NF = (over_NF.abs() < BANDWIDTH / 2) * ((sae.threshold_F.detach() - sae.threshold_F) / BANDWIDTH)
-    return (over_NF > 0).to(pre_NF.dtype), zero_NF
+class Step(torch.autograd.Function):
+    """H(z − θ), with a slope by θ that stands in for the true one, which is 0 almost everywhere: −(1/ε) 1[|z − θ| < ε/2]. None by z."""
+
+    @staticmethod
+    def forward(ctx: Any, pre_NF: Tensor, threshold_F: Tensor) -> Tensor:
+        ctx.save_for_backward(pre_NF, threshold_F)
+        return (pre_NF > threshold_F).to(pre_NF.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NF: Tensor) -> tuple[Tensor | None, Tensor]:
+        pre_NF, threshold_F = ctx.saved_tensors
+        near_NF = (pre_NF - threshold_F).abs() < BANDWIDTH / 2
+        return None, (gradient_NF * near_NF).sum(0) / -BANDWIDTH
+
+
+class JumpReLU(Step):
+    """z H(z − θ), with slopes H(z − θ) by z and −(θ/ε) 1[|z − θ| < ε/2] by θ."""
+
+    @staticmethod
+    def forward(ctx: Any, pre_NF: Tensor, threshold_F: Tensor) -> Tensor:
+        return pre_NF * Step.forward(ctx, pre_NF, threshold_F)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NF: Tensor) -> tuple[Tensor, Tensor]:
+        pre_NF, threshold_F = ctx.saved_tensors
+        return gradient_NF * (pre_NF > threshold_F), threshold_F * Step.backward(ctx, gradient_NF)[1]
 
 
 def jumprelu(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
-    """f = z H(z − θ), ∂f/∂θ = −(θ/ε) 1[|z − θ| < ε/2] (Rajamanoharan et al. 2024, "Jumping Ahead"), θ learned, one a feature."""
-    step_NF, zero_NF = straight_step(sae, pre_NF)
-    return pre_NF * step_NF + sae.threshold_F.detach() * zero_NF
+    """f = z H(z − θ) with straight-through slopes (Rajamanoharan et al. 2024, "Jumping Ahead"), θ learned, one a feature."""
+    return JumpReLU.apply(pre_NF, sae.threshold_F)
 
 
 def active(p: Pass) -> Tensor:
-    """‖f‖₀ = Σ H(z_i − θ_i) (same paper), ∂/∂θ = −(1/ε) 1[|z − θ| < ε/2]."""
-    step_NF, zero_NF = straight_step(p.sae, p.pre_NF)
-    return (step_NF + zero_NF).sum(-1)
+    """‖f‖₀ = Σ H(z_i − θ_i) (same paper)."""
+    return Step.apply(p.pre_NF, p.sae.threshold_F).sum(-1)
 
 
 def gated(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:

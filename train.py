@@ -1,12 +1,15 @@
-"""Command line: one function a stage. Read this file first; each stage tells its story and names who does the work.
+"""Command line: one function a stage. Read these first; each stage tells its story and names who does the work.
 
-`main`, at the end, reads the options (`parse`, `resolve`) and runs the stages, each in a folder (`Run`).
+What follows them is what they load, and the options: `main`, at the end, reads these (`parse`, `resolve`) and runs the stages, each in a
+folder (`Run`).
 """
 
 import argparse
 import base64
 import dataclasses
+import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -34,7 +37,7 @@ import sae
 from compare import SAE_FIGURES, CompareConfig, SweepConfig, evaluations, gains_at_kls, intervals, means, write_tables
 from files import CheckpointFiles, UserError, read_json, reading, write_json
 from pythia import Pythia, PythiaConfig, Tokenizer, read_safetensors, write_safetensors
-from runs import Run, multiplies_bfloat16, peak_memory_gib
+from run import Run, multiplies_bfloat16, peak_memory_gib
 
 
 # ------------------------------------------------------------------------------------------------------------------- stages
@@ -422,8 +425,8 @@ TEXT_DEPENDS = ("model", "corpus", "dtype", "seed", "context", "text_batch", "te
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options: those below, and one `--STAGE-FIELD` for each field of a stage's configuration."""
-    parser = argparse.ArgumentParser(description="Interpretable RLHF with sparse autoencoders", allow_abbrev=False, exit_on_error=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(usage="python train.py [--OPTION VALUE …]", description="Interpretable RLHF with sparse autoencoders",
+                                     allow_abbrev=False, exit_on_error=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--stage", default="all", choices=["all", *STAGES], help="all: sae, rlhf, and for coef interpret")
     add("--model", default="tiny", help="an embedded model, the folder of a checkpoint, or a name of the Hugging Face hub")
@@ -446,7 +449,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         group = parser.add_argument_group(f"--stage {stage}")
         for field in dataclasses.fields(config):
             group.add_argument(f"--{stage}-{field.name.replace('_', '-')}", type=FIELD_TYPES.get(field.type, field.type),
-                               default=field.default, help="default: %(default)s")
+                               default=field.default, help=comments(config)[field.name].replace("%", "%%"))
     for word in argv:
         with reading(repr(word), "not UTF-8"):
             word.encode()
@@ -456,6 +459,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         valid = ", ".join(option for action in parser._actions for option in action.option_strings if option.startswith("--"))
         raise UserError(f"unknown option {unknown[0]!r}; valid: {valid}")
     return args
+
+
+@functools.cache
+def comments(config: type) -> dict[str, str]:
+    """-> the comment beside each field of a configuration, for --help."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
 
 
 def yes_or_no(text: str) -> bool:
@@ -618,7 +627,7 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0; 2 with one line on stderr for what the user can mend; 128 + the signal that stopped it."""
     try:
         args = resolve(parse(sys.argv[1:] if argv is None else argv))
-        whole = ["sae", "rlhf", "interpret"] if args.policy == "coef" else ["sae", "rlhf"]         # of the others there are no features to show
+        whole = ["sae", "rlhf", "interpret"] if args.policy == "coef" else ["sae", "rlhf"]         # the report is of coef alone
         stages = whole if args.stage == "all" else [args.stage]
         if "rlhf" in stages:
             check_inputs(args)

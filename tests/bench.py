@@ -42,7 +42,7 @@ from interpret import as_sparse_as, class_means, explanation_score, logit_effect
 from files import read_json, read_rows, write_json  # noqa: E402
 from pythia import Pythia, PythiaConfig, ScoreFn, Tokenizer, pad, read_safetensors, write_safetensors  # noqa: E402
 from reward import RewardModel, encode_pairs, load_reward, pairs_from_labels, window  # noqa: E402
-from runs import peak_memory_gib  # noqa: E402
+from run import peak_memory_gib  # noqa: E402
 from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, evaluate_sae, load_sae, mlp_rows, mmcs, random_dictionary, train_sae  # noqa: E402
 
 # name -> (layers, hidden size, heads, vocabulary) of the published models; `trl` is the small shape of research on PPO's speed

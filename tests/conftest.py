@@ -10,7 +10,7 @@ import torch
 
 from files import UserError
 from pythia import Pythia, PythiaConfig
-from runs import Run
+from run import Run
 
 CONFIG = PythiaConfig(vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=64, max_positions=64,
                       rotary_pct=0.5)

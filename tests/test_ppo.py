@@ -15,7 +15,7 @@ from ppo import AdaptiveKL, Critic, Evaluation, PPOConfig, Prompts, Rollout, Sta
 from files import UserError
 from pythia import pad
 from sae import SAE
-from runs import Run
+from run import Run
 
 R, F32, F64, CPU = 5, torch.float32, torch.float64, torch.device("cpu")
 CFG = PPOConfig(iterations=4, episodes=32, samples_per_prompt=2, response_tokens=R, epochs=2, minibatches=2, micro_batch=8,

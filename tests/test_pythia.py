@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from files import CheckpointFiles, UserError, load_state, read_rows, write_json, write_whole
 from pythia import DTYPES, Linear, Pythia, PythiaConfig, Tokenizer, attention_mask, bytes_of_characters, pad, read_safetensors, read_weights, sample, stream_safetensors, write_safetensors
-from runs import check_finite
+from run import check_finite
 from policies import FeatureScale, LoRAPolicy
 from sae import SAE
 

@@ -18,7 +18,7 @@ from pythia import Pythia, Tokenizer, pad, read_safetensors, write_safetensors
 from reward import (Preference, RewardConfig, RewardModel, TextReward, ThroughText, avoid_words, cut_randomly,
                     encode_pairs, evaluate_reward, keep_end, load_preferences, load_reward, oasst_dialogue,
                     pairs_from_labels, prefix_scores, preference_loss, train_reward, window)
-from runs import Run
+from run import Run
 
 CPU, GOLDEN, TINY = torch.device("cpu"), Path(__file__).parent / "golden", Tokenizer.from_pretrained("tiny")
 BEGINNING = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"

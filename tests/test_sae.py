@@ -15,7 +15,7 @@ from pythia import read_safetensors, write_safetensors
 from sae import (BANDWIDTH, OBJECTIVES, SAE, ActivationBuffer, Pass, SAEConfig, SAETrainer, active, auxk, evaluate_sae, gate_error,
                  jumprelu, load_sae, mlp_rows, mmcs, normalize_decoder, random_dictionary, read_sae, refit_decoder, remove_radial_gradient, resample_dead,
                  train_sae)
-from runs import Run
+from run import Run
 
 D, F, LAYER = CONFIG.hidden_size, 80, 2
 

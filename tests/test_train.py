@@ -20,7 +20,7 @@ import lm
 import train
 from conftest import complaint
 from files import load_state, read_json, write_json
-from runs import Run
+from run import Run
 from pythia import Pythia, PythiaConfig, Tokenizer, read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parent.parent
@@ -442,7 +442,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--reward", "tiny"], "head.weight"),
     (["--reward", "avoid:no-such-file"], "no-such-file"),
     (["--reward", ""], "--reward is needed"),
-    (["--reward", f"prefer:{ROOT / 'assets' / 'avoid.txt'}"], "not found"),
+    (["--reward", f"prefer:{ROOT / 'assets' / 'avoid.txt'}"], "there is avoid:FILE"),
     (["--corpus", "caf\udce9.txt", "--stage", "sae"], "caf"),
     (["--prompts", "no-such-file"], "no-such-file"),
     (["--device", "abacus"], "--device abacus"),
@@ -653,8 +653,16 @@ def test_readme_links_point_at_what_they_name():
         assert re.match(rf"(def|class) {name}\b|{name} =|    def {name}\b", text), f"{file}#L{line} is {text!r}, not {name}"
 
 
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "features active a token to aim at (topk, batchtopk: k); 0: leave l1_coef as it is (default: 31.0)" in told
+    assert "share of each" not in told and "--rlhf-lam RLHF_LAM λ of GAE" in told and "falls to 0 over the last 30 % (April 2024: 20 %) (default: 0.002)" in told
+
+
 def test_each_file_imports_only_from_further_down_the_readme_s_list():
-    listed = re.search(r"Each imports only from files further down in this list: (.*)\.", (ROOT / "README.md").read_text())[1].split(", ")
+    listed = re.search(r"Each imports only from files further down in this order .*: (.*)\.", (ROOT / "README.md").read_text())[1].split(", ")
     assert sorted(listed) == sorted(path.stem for path in ROOT.glob("*.py"))
     for place, name in enumerate(listed):
         imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE)) & set(listed)

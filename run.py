@@ -1,4 +1,4 @@
-"""What all training shares: a folder for each stage's run, checks of options and of steps, the precision and the memory of a device."""
+"""What the stages share: the folder of a run, checks of options and of steps, the precision and the memory of a device."""
 
 import fcntl
 import json
