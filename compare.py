@@ -1,6 +1,6 @@
 """What --stage compare and --stage sweep (in train.py) lay side by side: gain at equal KL, read off frontiers, with intervals; tables.
 
-Dimension key: E points of a frontier   P held-out prompts
+Dimension key: E points of a frontier   P held-out prompts   S runs, one a seed   K KLs at which gains are read off
 """
 
 import math
@@ -15,6 +15,7 @@ import numpy as np
 from files import UserError, read_rows, reading, write_whole
 from run import check_positive
 
+# Columns of the tables: keys of metrics.json.
 RLHF_FIGURES = ("score_gain_std", "kl", "gold_gain_std", "reward_loss", "distinct_2", "ref_perplexity", "n_changed", "seconds", "peak_memory_gib")
 SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead_fraction", "shrinkage", "explanation_score")
 
@@ -32,7 +33,8 @@ class CompareConfig:
         if not self.names() or not all(kl > 0 for kl in self.kls):
             raise UserError("--compare-runs needs a policy or more, and --compare-kls numbers above 0")
         with reading("--compare-runs", "not readable as options"):
-            shlex.split(self.runs)
+            for name in self.names():
+                shlex.split(name)
 
     def names(self) -> list[str]:
         """-> the runs one by one."""
@@ -51,12 +53,19 @@ class SweepConfig:
 
     def __post_init__(self):
         check_positive(self, "sweep", "seeds", "kl")
+        if not self.objectives or not self.l0:
+            raise UserError("--sweep-objectives and --sweep-l0 need one or more")
 
 
 def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """-> KL and gain of each held-out prompt at each point of a run's frontier, kl_EP and gain_EP."""
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "eval_kls" in row]
     return np.array([row["eval_kls"] for row in rows]), np.array([row["eval_gains"] for row in rows])
+
+
+def frontier(folder: Path) -> list[tuple[float, float]]:
+    """-> (KL, gain) of each point of a run's frontier."""
+    return [(kl_P.mean(), gain_P.mean()) for kl_P, gain_P in zip(*evaluations(folder))]
 
 
 def gain_at_kl(kl_E: np.ndarray, gain_E: np.ndarray, at: float) -> float:

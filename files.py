@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import urllib.error
@@ -41,7 +42,7 @@ def reading(source: object, complaint: str) -> Iterator[None]:
         raise UserError(f"{source}: {complaint}: {reason[:300]}") from None
 
 
-# ----------------------------------------------------------------------------------------------------- reading and writing
+# ------------------------------------------------------------------------------------------------------------- whole files
 
 def write_whole(path: str | Path, write: Callable) -> None:
     """Call `write(binary file)` on a temporary file beside `path` and rename it, so that `path` is never half written; makes its folder."""
@@ -100,6 +101,23 @@ def read_rows(path: str | Path) -> list[dict]:
                 with reading(f"{path}: line {number}", "not readable as a JSON object"):
                     rows.append({} | json.loads(line.decode()))          # a TypeError where it is no object
     return rows
+
+
+def finite(value: float) -> float | None:
+    """-> the value as JSON can hold it: None for NaN and infinities."""
+    return value if math.isfinite(value) else None
+
+
+def located(path: str) -> str:
+    """-> the path or, where there is none and it names a file beside this one (the prompts in assets/), that file's."""
+    beside = Path(__file__).parent / path
+    return str(beside) if not os.path.exists(path) and beside.is_file() else path
+
+
+def sha256(path: str | Path) -> str:
+    """-> the file's hash in hexadecimal digits, read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------- the hub

@@ -1,22 +1,23 @@
 """From coefficients to evidence: what each feature that RLHF moved stands for and does to the reward, and a page that shows it.
 
-Dimension key: B batch   T tokens   R response tokens   N rows (tokens, flattened)   D hidden size   F SAE features
+Dimension key: B batch   T tokens   R response tokens   P held-out prompts   N rows (tokens, flattened)   D hidden size   F SAE features
                G the features looked at   C classes of tokens   V vocabulary
 """
 
 import math
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 import ppo
-from files import UserError, read_json, read_rows, write_json, write_whole
+from compare import frontier
+from files import UserError, finite, read_json, write_json, write_whole
 from policies import EditPolicy
 from ppo import Evaluated, Evaluation, by_prompt, spread
 from pythia import END_OF_TEXT, Pythia, Tokenizer
@@ -177,11 +178,6 @@ def mean_explanations(rows_ND: Tensor, tokens_BT: Tensor, rate_F: Tensor, featur
     return {"explanations": means, "num_features": len(rate_F)}
 
 
-def finite(value: float) -> float | None:
-    """-> the value as JSON can hold it: None for NaN and infinities."""
-    return value if math.isfinite(value) else None
-
-
 def paired_samples(tokenizer: Tokenizer, evaluation: Evaluation, after: Evaluated) -> list[dict]:
     """-> one sample a held-out prompt, before and after, drawn with the same random numbers."""
     R, before = evaluation.cfg.response_tokens, evaluation.reference
@@ -200,7 +196,7 @@ def shown_samples(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], cau
                   cfg: InterpretConfig) -> list[dict]:
     """-> `paired_samples` with each response's tokens and their log(π/π_ref), in nats; fills in where the cards' features fired in them."""
     shown = paired_samples(tokenizer, causal.before.evaluation, causal.sampled)[:cfg.samples]
-    places: dict[Feature, list[tuple[float, Context]]] = {(card.layer, card.feature): [] for card in cards}
+    places: dict[Feature, list[tuple[float, Context]]] = defaultdict(list)
     for n, sample in enumerate(shown):
         for name, side in (("before", causal.before), ("after", causal.after)):
             rollout = ppo.select(side.rollout, slice(n * side.per_prompt, n * side.per_prompt + 1))
@@ -209,14 +205,12 @@ def shown_samples(model: Pythia, tokenizer: Tokenizer, saes: dict[int, SAE], cau
             sample[f"tokens_{name}"] = [(tokenizer.decode([i]), round(r, 3)) for i, r in zip(tokens_T[-len(ratios):].tolist(), ratios)]
             for layer, sae in saes.items():          # as the unedited model reads the text
                 activations_TF = sae.encode(model.mlp_output(tokens_T[None], layer)[0].float()).cpu()
-                for (card_layer, i), found in places.items():
-                    if card_layer != layer:
-                        continue
+                for i in [card.feature for card in cards if card.layer == layer]:
                     peak, place = activations_TF[-len(ratios):, i].max(0)
                     if peak > 0:
                         place = len(tokens_T) - len(ratios) + int(place)
                         label = f"sample {n + 1}, {name}"
-                        found.append((peak.item(), context_at(activations_TF[:, i], tokens_T, place, tokenizer, cfg.width, label)))
+                        places[layer, i].append((peak.item(), context_at(activations_TF[:, i], tokens_T, place, tokenizer, cfg.width, label)))
     for card in cards:
         card.fired = [context for _, context in sorted(places[card.layer, card.feature], key=lambda pair: -pair[0])[:3]]
     return shown
@@ -458,90 +452,6 @@ def carriers(kept: list[dict]) -> float | None:
         previous = point
 
 
-# -------------------------------------------------------------------------------------------------------------------- plots
-
-def plot_curves(path: Path, rows: list[dict], keys: tuple[str, ...], x_label: str) -> None:
-    """One panel a key, against the step, from the lines of a metrics.jsonl."""
-    figure = Figure((3.2 * len(keys), 2.6), layout="constrained")
-    for axis, key in zip(figure.subplots(1, len(keys)), keys):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axis.plot(*zip(*points), marker="." if len(points) < 40 else None)
-        axis.set(title=key, xlabel=x_label)
-    save_figure(path, axis.figure)
-
-
-def plot_report(folder: Path, learned: dict[str, Tensor], causal: Causal, runs: dict[str, list]) -> dict[str, Path]:
-    """-> the report's plots by name, written to folder/NAME.png. `runs`: see `plot_frontier`."""
-    paths = {name: folder / f"{name}.png" for name in ("coefficients", "frontier", "effects", "share")}
-    plot_coefficients(paths["coefficients"], {name.removesuffix(".coef_F"): p for name, p in learned.items() if name.endswith(".coef_F")})
-    plot_frontier(paths["frontier"], runs)
-    plot_effects(paths["effects"], list(causal.effects.values()))
-    plot_share(paths["share"], causal.summary["kept"])
-    return paths
-
-
-def plot_coefficients(path: Path, coefs: dict[str, Tensor]) -> None:
-    """All coefficients in order of their values, a line a layer."""
-    axis = Figure((5, 3.4), layout="constrained").subplots()
-    for layer, coef_F in coefs.items():
-        axis.plot(coef_F.float().cpu().sort().values.numpy(), label=f"layer {layer}")
-    axis.axhline(1, color="grey", linewidth=0.6)
-    axis.set(xlabel="features, sorted", ylabel="coefficient c")
-    if len(coefs) > 1:
-        axis.legend(frameon=False)
-    save_figure(path, axis.figure)
-
-
-def plot_frontier(path: Path, runs: dict[str, list[list[tuple[float, float]]]]) -> None:
-    """Gain against KL of the learned change in part and whole: a colour for each name, a line for each of its runs (seeds), a list of (kl, gain)."""
-    axis = Figure((5, 3.8), layout="constrained").subplots()
-    for i, (name, seeds) in enumerate(runs.items()):
-        for number, points in enumerate(seeds):
-            axis.plot(*zip((0.0, 0.0), *points), marker=".", color=f"C{i}", linewidth=1, label=None if number else name)
-    axis.set(xlabel="KL from the reference, nats a response", ylabel="gain, standard deviations")
-    axis.figure.legend(loc="outside upper left", ncols=2, frameon=False)
-    save_figure(path, axis.figure)
-
-
-def plot_sweep(path: Path, rows: list[dict]) -> None:
-    """What each SAE explains against its L0, and, where RLHF was run, what it gains at equal KL: a colour for each objective."""
-    panels = [key for key in ("fvu", "ce_recovered", "explanation_score", "gain", "carriers") if any(row.get(key) is not None for row in rows)]
-    figure = Figure((3.6 * len(panels), 3), layout="constrained")
-    for axis, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for i, objective in enumerate(dict.fromkeys(row["objective"] for row in rows)):
-            points = sorted((row["l0"], row[key]) for row in rows if row["objective"] == objective and row.get(key) is not None)
-            axis.plot(*zip(*points) if points else ((), ()), marker=".", color=f"C{i}", linewidth=1, label=objective)
-        axis.set(title=key, xlabel="L0")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    save_figure(path, axis.figure)
-
-
-def plot_effects(path: Path, effects: list[dict]) -> None:
-    """Measured against predicted effects."""
-    axis = Figure((5, 3.4), layout="constrained").subplots()
-    x, y = [effect["predicted"] for effect in effects], [effect["set_back"]["mean"] for effect in effects]
-    axis.axline((0, 0), slope=1, color="grey", linewidth=0.6)
-    axis.errorbar(x, y, [effect["set_back"]["se"] or 0 for effect in effects], fmt=".", linewidth=0.7)
-    axis.set(xlabel="predicted: gradient × move", ylabel="measured: loss when set back, ± SE")
-    save_figure(path, axis.figure)
-
-
-def plot_share(path: Path, kept: list[dict]) -> None:
-    """The gain that the k strongest features reach alone, against k."""
-    axis = Figure((5, 3.4), layout="constrained").subplots()
-    axis.errorbar([point["k"] for point in kept], [point["mean"] for point in kept], [point["se"] or 0 for point in kept], marker=".", linewidth=1)
-    axis.axhline(CARRIED * kept[-1]["mean"], color="grey", linewidth=0.6, linestyle="--")
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="features kept, strongest first; dashed: 90 % of the gain", ylabel="gain, standard deviations")
-    save_figure(path, axis.figure)
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
-
-
 # ------------------------------------------------------------------------------------------------------------------- report
 
 def finished_runs(out: str | Path) -> list[dict]:
@@ -549,9 +459,8 @@ def finished_runs(out: str | Path) -> list[dict]:
     runs = []
     for folder in sorted(path.parent for path in Path(out).glob("rlhf-*/metrics.json")):
         figures, config = read_json(folder / "metrics.json"), read_json(folder / "config.json")
-        points = [(row["eval_kl"], row["eval_score_gain_std"]) for row in read_rows(folder / "metrics.jsonl") if "eval_kl" in row]
         runs.append({"name": folder.name.removeprefix("rlhf-"), "layers": config["layers"].strip("[]"), "reward": config["reward"],
-                     "figures": figures, "frontier": points})
+                     "figures": figures, "frontier": frontier(folder)})
     return runs
 
 

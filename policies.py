@@ -1,13 +1,14 @@
-"""What RLHF learns: the edit of the MLP's output, and the policies that it is compared with.
+"""What RLHF learns: edits of an MLP's output (coefficients of SAE features, and controls), and the policies that train them or all weights.
 
 Dimension key: B episodes   T tokens of prompt and response   R response tokens   D hidden size   M MLP neurons   F SAE features
+               N rows (tokens, flattened)
 """
 
 import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,12 @@ from files import UserError
 from pythia import Pythia
 from sae import SAE, active_product
 
-if TYPE_CHECKING:
-    from ppo import PPOConfig
-
 # Coefficients of an SAE's features, or of random directions in their place: as many active a token, or each as often as a feature (see load_saes
 # in train.py). --edit and --rlhf-keep are theirs.
 FEATURES = ("coef", "random", "random_rates")
 NEED_SAE = FEATURES                                  # policies for which SAEs are loaded
 POLICIES = (*FEATURES, "neurons", "steer", "lora", "full")
+LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")          # layers that may get an adapter
 EDITS = ("scale", "scale+bias")
 
 
@@ -37,7 +36,7 @@ class Edit(nn.Module):
             tuple of tensors, or None
         change(what encode gave) -> change_BTD, or what broadcasts to it, through which PPO's gradient reaches the parameters
 
-    so that PPO can encode once a rollout. Parameters are named coef_…, bias_… or vector_…: learning rates and `keep_few` go by that.
+    so that PPO can encode once a rollout. Parameters are named coef_…, bias_… or vector_…: learning rates and `ppo.keep_few` go by that.
 
     On a GPU both are captured in a CUDA graph while responses are sampled: there they may neither ask for a value (`.item()`) nor have shapes
     that depend on one, nor do anything else in Python that is to happen at every token.
@@ -52,7 +51,7 @@ class FeatureScale(Edit):
     """m' = m + ((c − 1) ⊙ f(m)) W_dec: scale each SAE feature's output vector, pass the SAE's error through.
 
     With `bias`: m' = m + ((c − 1) ⊙ f(m) + b) W_dec, b an always-on push along each feature vector. coef_F = 1 and bias_F = 0
-    at the start, where the change is exactly 0 and the policy is the reference. With `vector`: + v, one push for all, which `keep_few`
+    at the start, where the change is exactly 0 and the policy is the reference. With `vector`: + v, one push for all, which `ppo.keep_few`
     turns into coefficients and biases of few features.
     """
 
@@ -78,7 +77,7 @@ class FeatureScale(Edit):
         return change_ND.view(*features_BTF.shape[:2], -1)
 
     def gradients(self, features_BTF: Tensor, gradient_BTD: Tensor) -> dict[str, Tensor]:
-        """A gradient by the change -> that by coef_F, bias_F and vector_D, episode by episode, (B, …): for `keep_few` alone."""
+        """A gradient by the change -> that by coef_F, bias_F and vector_D, episode by episode, (B, …): for `ppo.keep_few` alone."""
         gradient_BTD = gradient_BTD.to(self.sae.W_dec_FD.dtype)
         along_BTF = gradient_BTD @ self.sae.W_dec_FD.T
         found = {"coef_F": (along_BTF * features_BTF).sum(1), "bias_F": along_BTF.sum(1), "vector_D": gradient_BTD.sum(1)}
@@ -258,13 +257,9 @@ class LoRAPolicy(WeightPolicy):
     def __init__(self, model: Pythia, rank: int, targets: tuple[str, ...], generator: torch.Generator):
         self.reference, self.edits = model, None
         self.model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})      # other modules, the very same weights
-        found = []
         for part in [part for block in self.model.gpt_neox.layers for part in (block.attention, block.mlp)]:
             for name in sorted(set(targets) & dict(part.named_children()).keys()):
                 setattr(part, name, LoRA(getattr(part, name), rank, generator))
-                found.append(name)
-        if unknown := set(targets) - set(found):
-            raise UserError(f"--rlhf-lora-targets {','.join(sorted(unknown))}: choose from query_key_value, dense, dense_h_to_4h, dense_4h_to_h")
 
     def start(self, name: str) -> Tensor:
         """0 for B; A, which changes nothing without B, counts as never moved."""
@@ -272,8 +267,8 @@ class LoRAPolicy(WeightPolicy):
         return torch.zeros_like(now) if name.endswith("B_KD") else now
 
 
-def check_policy(name: str, edit: str, cfg: "PPOConfig") -> None:
-    """UserError where there is no such policy, or it has no such edit."""
+def check_policy(name: str, edit: str, cfg: Any) -> None:
+    """UserError where there is no such policy, or it has no such edit. `cfg`: a ppo.PPOConfig."""
     for option, value, valid in (("--policy", name, POLICIES), ("--edit", edit, EDITS)):
         if value not in valid:
             raise UserError(f"{option} {value}: choose from {', '.join(valid)}")
@@ -282,7 +277,7 @@ def check_policy(name: str, edit: str, cfg: "PPOConfig") -> None:
         raise UserError(f"{option} is for coefficients of features: --policy {', '.join(FEATURES)}, not {name}")
 
 
-def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: "PPOConfig", edit: str = "scale", seed: int = 0) -> Policy:
+def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE], cfg: Any, edit: str = "scale", seed: int = 0) -> Policy:
     """-> the policy of `--policy`, on `layers`; `saes` holds each one's SAE (`coef`) or the random dictionary in its place."""
     check_policy(name, edit, cfg)
     bias = edit == "scale+bias"

@@ -1,7 +1,7 @@
-"""RLHF by PPO: rollouts, losses, the loop, the evaluation. What is learned stands in policies.py.
+"""RLHF by PPO: rollouts, losses, the loop, few numbers in place of many, the evaluation. What is learned stands in policies.py.
 
 Dimension key: B episodes   T tokens of prompt and response   R response tokens   D hidden size   M MLP neurons   V vocabulary
-               F SAE features   P held-out prompts   E points of a frontier
+               P held-out prompts
 
 References:
     PPO: Schulman et al. 2017, arXiv:1707.06347;  GAE: Schulman et al. 2016, arXiv:1506.02438
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from files import UserError
-from pythia import Pythia, ScoreFn, Tokenizer, pad
-from policies import EditPolicy, Policy, Trunk
+from policies import LORA_TARGETS, EditPolicy, Policy, Trunk
+from pythia import Pythia, Tokenizer, pad
+from reward import ScoreFn
 from run import Run, check_finite, check_positive
 
 SHARES = (0.25, 0.5, 0.75, 1.0)                      # of the learned change, where gain and KL are measured
@@ -43,7 +44,7 @@ class PPOConfig:
     generate_batch: int = 512            # responses sampled at once; lower it to save memory (keys and values of all of them)
     recompute: bool = False              # recompute activations in the backward pass: less memory, a third more time
     lora_rank: int = 8                   # of --policy lora
-    lora_targets: tuple[str, ...] = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")      # layers that get an adapter
+    lora_targets: tuple[str, ...] = LORA_TARGETS         # layers that get an adapter
     lr: float = 0.0                      # Adam, falls linearly; 0: the policy's own, 0.6 for coefficients, 0.04 steer, 1e-3 adapters, 5e-5 weights
     critic_lr: float = 3e-3              # of the value head
     gamma: float = 1.0                   # discount
@@ -67,6 +68,8 @@ class PPOConfig:
             raise UserError("--rlhf-lr, --rlhf-kl-coef and --rlhf-keep must not be negative, --rlhf-gamma and --rlhf-lam lie between 0 and 1")
         if self.episodes % self.samples_per_prompt or self.episodes % self.minibatches:
             raise UserError("--rlhf-episodes must be a multiple of --rlhf-samples-per-prompt and of --rlhf-minibatches")
+        if not self.lora_targets or set(self.lora_targets) - set(LORA_TARGETS):
+            raise UserError(f"--rlhf-lora-targets {','.join(self.lora_targets)}: choose from {', '.join(LORA_TARGETS)}")
         if self.keep and self.iterations < 2:
             raise UserError("--rlhf-keep chooses after three quarters of the iterations: --rlhf-iterations must be 2 or more")
 

@@ -35,7 +35,6 @@ from torch.utils.checkpoint import checkpoint
 from files import WEIGHTS, CheckpointFiles, UserError, load_state, read_json, reading, write_json, write_whole
 
 Edits = dict[int, Callable[[Tensor, Tensor], Tensor]]            # layer -> edit(mlp_BTD, neurons_BTM) -> change_BTD, see Pythia
-ScoreFn = Callable[[Tensor, Tensor], Tensor]                     # a reward: (tokens_BT, mask_BT) -> scores_B; may have .prefixes (ppo.score)
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -462,7 +461,7 @@ def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
 
     torch.multinomial draws a random number for every entry of the vocabulary, ten times the cost of a softmax and a cumsum.
     The last entry of a float32 cumsum is not quite 1, so the uniform is scaled by it; as it is never 0, an entry of
-    probability 0 is never drawn. Where logits are NaN, some token is "drawn"; who uses them finds out (`check_finite`).
+    probability 0 is never drawn. Where logits are NaN, some token is "drawn"; who uses them finds out (`run.check_finite`).
     """
     if temperature == 0:
         return logits_BV.argmax(-1)

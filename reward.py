@@ -6,7 +6,9 @@ References:
     Bradley & Terry 1952; Christiano et al. 2017, arXiv:1706.03741; Ziegler et al. 2019, arXiv:1909.08593 (the head's init)
 """
 
+import functools
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -19,9 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from files import UserError, read_rows, reading, write_json
-from pythia import END_OF_TEXT, Pythia, PythiaConfig, ScoreFn, Tokenizer, pad, write_safetensors
+from files import CheckpointFiles, UserError, located, read_rows, reading, write_json
+from pythia import END_OF_TEXT, Pythia, PythiaConfig, Tokenizer, pad, write_safetensors
 from run import Run, check_finite, check_positive, mixed_precision
+
+
+ScoreFn = Callable[[Tensor, Tensor], Tensor]         # a reward: (tokens_BT, mask_BT) -> scores_B; may have .prefixes (see ppo.score)
 
 
 @dataclass(frozen=True)
@@ -315,12 +320,10 @@ def avoid_words(path: str | Path) -> Callable[[list[str]], list[float]]:
 TEXT_REWARDS = {"avoid": avoid_words}                # KIND -> what makes a function of texts of FILE, for `--reward KIND:FILE`
 
 
-def text_reward(name: str) -> tuple[Callable[[str], Callable] | None, str]:
-    """-> of KIND:FILE what makes the function, and FILE; of a model's name None, and the name."""
+def text_reward(name: str) -> tuple[Callable[[], Callable] | None, str]:
+    """-> of KIND:FILE what makes the function of texts, and FILE; of a model's name None, and the name."""
     kind, colon, path = name.partition(":")
-    if colon and kind not in TEXT_REWARDS and not Path(name).exists():
-        raise UserError(f"{name}: {kind!r} is no kind of function of texts (--reward); there is {', '.join(f'{k}:FILE' for k in TEXT_REWARDS)}")
-    return (TEXT_REWARDS[kind], path) if colon and kind in TEXT_REWARDS else (None, name)
+    return (functools.partial(TEXT_REWARDS[kind], located(path)), path) if colon and kind in TEXT_REWARDS else (None, name)
 
 
 class ThroughText:
@@ -344,15 +347,26 @@ def oasst_dialogue(text: str) -> str:
     """-> a dialogue of "\\n\\nHuman:" and "\\n\\nAssistant:" turns in OpenAssistant's form; text before the first turn is the prompter's."""
     speakers = {"Human": "<|prompter|>", "Assistant": "<|assistant|>"}
     first, *turns = re.split(r"\n\n(Human|Assistant):", text.replace(END_OF_TEXT, ""))
-    turns = (["Human", first] if first.strip() else []) + turns
+    turns = (["Human", first] if first.strip() or not turns else []) + turns
     return "".join(f"{speakers[who]}{said.strip()}{END_OF_TEXT}" for who, said in zip(turns[::2], turns[1::2]))
+
+
+def check_reward(name: str) -> None:
+    """UserError where `load_reward` would find nothing, before anything is loaded."""
+    make, _ = text_reward(name)
+    if make:
+        make()
+    elif ":" in name and not os.path.exists(name):
+        raise UserError(f"--reward {name}: {name.partition(':')[0]!r} is no kind of function of texts; there is {', '.join(TEXT_REWARDS)} (:FILE)")
+    else:
+        CheckpointFiles(name).need("config.json")
 
 
 def load_reward(name: str, tokenizer: Tokenizer, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> ScoreFn:
     """-> the score_fn of `--reward`: a reward model's folder or name, or KIND:FILE of `TEXT_REWARDS`. `tokenizer` is the policy's."""
-    make, path = text_reward(name)
+    make, _ = text_reward(name)
     if make:
-        return TextReward(make(path), tokenizer)
+        return TextReward(make(), tokenizer)
     model, own = RewardModel.from_pretrained(name, dtype=dtype, device=device), Tokenizer.from_pretrained(name)
     own.check_fits(model, name)
     same = own.config["model"]["vocab"] == tokenizer.config["model"]["vocab"] and own.added_ids == tokenizer.added_ids

@@ -251,7 +251,7 @@ def batchtopk(sae: SAE, pre_NF: Tensor, l0: float) -> Tensor:
     least = pre_NF.detach().flatten().topk(round(l0 * len(pre_NF)), sorted=False).values.min().clamp(min=0)
     with torch.no_grad():
         sae.threshold_F.lerp_(least, 0.01 if sae.threshold_F.any() else 1.0)
-    return pre_NF * (pre_NF >= least)
+    return torch.where(pre_NF >= least, pre_NF, 0.0)
 
 
 def auxk(p: Pass) -> Tensor:
@@ -286,7 +286,8 @@ class JumpReLU(Step):
 
     @staticmethod
     def forward(ctx: Any, pre_NF: Tensor, threshold_F: Tensor) -> Tensor:
-        return pre_NF * Step.forward(ctx, pre_NF, threshold_F)
+        ctx.save_for_backward(pre_NF, threshold_F)
+        return torch.where(pre_NF > threshold_F, pre_NF, 0.0)
 
     @staticmethod
     def backward(ctx: Any, gradient_NF: Tensor) -> tuple[Tensor, Tensor]:
@@ -423,8 +424,9 @@ class SAETrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["times"] * cfg.lr * min(1.0, (step + 1) / max(1, 0.02 * self.steps), (1 - done) / 0.3)
         l1_coef = self.l1_coef * min(1.0, done / max(cfg.l1_warmup, 1e-9))
-        on_gpu = x_ND.is_cuda and multiplies_bfloat16(x_ND.device)
-        with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=on_gpu):           # parameters and loss stay float32
+        # On a GPU matrix products are in bfloat16; parameters and loss stay float32.
+        precision = torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda and multiplies_bfloat16(x_ND.device))
+        with precision:
             pre_NF = sae.pre(x_ND).float()
             features_NF = objective.activation(sae, pre_NF, cfg.l0)
             reconstruction_ND = active_product(features_NF, sae.W_dec_FD) + sae.b_dec_D if self.few_active() else sae.decode(features_NF)
@@ -432,7 +434,8 @@ class SAETrainer:
         mse = p.error_ND.square().sum(-1).mean()
         loss = mse + l1_coef * objective.penalty(p).mean() if objective.penalty else mse
         if objective.extra:
-            loss = loss + objective.extra(p).mean()
+            with precision:
+                loss = loss + objective.extra(p).mean()
         self.optimizer.zero_grad()
         loss.backward()
         if objective.unit_norm:
@@ -675,7 +678,8 @@ def load_sae(path: str | Path, *, model: Pythia, model_name: str, layer: int, to
     """
     file, description, tensors = read_sae(Path(path))
     with reading(file, f"with {description.name} no SAE of a known kind"):
-        sae = assemble(file, description, tensors, model, model_name, layer).requires_grad_(False).to(model.device)
+        sae = assemble(file, description, tensors, model, model_name, layer)
+    sae = sae.requires_grad_(False).to(model.device)
     if tokens_BT is not None and not (fvu := evaluate_sae(model, layer, sae, tokens_BT[:16])["fvu"]) < 1:
         raise UserError(f"{path}: wrong layer, site or scale: on the MLP output of layer {layer} it leaves {fvu:.3g} of the variance "
                         f"unexplained, and no SAE at all leaves 1")

@@ -8,7 +8,6 @@ import argparse
 import base64
 import dataclasses
 import functools
-import hashlib
 import inspect
 import itertools
 import json
@@ -30,12 +29,13 @@ from torch import Tensor
 
 import interpret
 import lm
+import plots
 import policies
 import ppo
 import reward
 import sae
-from compare import SAE_FIGURES, CompareConfig, SweepConfig, evaluations, gains_at_kls, intervals, means, write_tables
-from files import CheckpointFiles, UserError, read_json, reading, write_json
+from compare import SAE_FIGURES, CompareConfig, SweepConfig, evaluations, frontier, gains_at_kls, intervals, means, write_tables
+from files import CheckpointFiles, UserError, finite, located, read_json, reading, sha256, write_json
 from pythia import Pythia, PythiaConfig, Tokenizer, read_safetensors, write_safetensors
 from run import Run, multiplies_bfloat16, peak_memory_gib
 
@@ -50,15 +50,15 @@ def stage_sae(args: argparse.Namespace, cfg: sae.SAEConfig, run: Run) -> dict:
     generator = torch.Generator().manual_seed(args.seed)
     train_BT, heldout_BT = sae_text(args, cfg, model, tokenizer, run, generator)
     if cfg.load:
-        trained = sae.load_sae(cfg.load, model=model, model_name=model_name(args), layer=layer, tokens_BT=heldout_BT)
+        trained = sae.load_sae(cfg.load, model=model, model_name=model_name(args.model), layer=layer, tokens_BT=heldout_BT)
     else:
         trained = sae.train_sae(sae.ActivationBuffer(model, layer, train_BT, cfg, generator), cfg, run, generator)
-        interpret.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
-    trained.save(run.folder, model_name=model_name(args), layer=layer, context=train_BT.shape[1])
+        plots.plot_curves(run.folder / "curves.png", run.rows(), ("fvu", "l0", "l1_coef", "dead"), "step")
+    trained.save(run.folder, model_name=model_name(args.model), layer=layer, context=train_BT.shape[1])
     features_NF = torch.cat([trained.encode(x_ND.float()).cpu() for x_ND in sae.mlp_rows(model, layer, heldout_BT).split(2048)])
     explained_F = interpret.explanation_score(features_NF, heldout_BT).pearson_F
-    return sae.evaluate_sae(model, layer, trained, heldout_BT) | {"explanation_score": interpret.finite(explained_F.nanmean().item())} | (
-        {} if cfg.load else {"tokens_per_second": run.tokens_per_second})
+    return sae.evaluate_sae(model, layer, trained, heldout_BT) | {"explanation_score": finite(explained_F.nanmean().item())} | (
+        {"tokens_per_second": run.tokens_per_second} if run.tokens_per_second else {})
 
 
 def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: Run) -> dict:
@@ -75,7 +75,7 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: Run) -> dict:
         run.log(share=share, **{f"eval_{key}": value for key, value in (after.figures | after.prompt_means).items()})
     write_safetensors(run.folder / "policy.safetensors", policy.state_dict())
     write_json(run.folder / "samples.json", interpret.paired_samples(tokenizer, evaluation, after))
-    interpret.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
+    plots.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
     # A gain that the gold model, which training never saw, does not share is over-optimisation.
     figures = after.figures | (evaluation.gain_by(gold_fn, after, "gold") if gold_fn else {})
     if args.policy in policies.NEED_SAE and args.edit == "scale+bias":
@@ -107,15 +107,15 @@ def stage_interpret(args: argparse.Namespace, cfg: interpret.InterpretConfig, ru
     for layer, path in folders.items():
         report["saes"][layer]["metrics"] = read_json(path / "metrics.json")
     runs = interpret.finished_runs(args.out)
-    plots = {"RLHF": folder / "curves.png"} | {f"SAE {layer}": path / "curves.png" for layer, path in folders.items()}       # --sae-load: none
+    images = {"RLHF": folder / "curves.png"} | {f"SAE {layer}": path / "curves.png" for layer, path in folders.items()}       # --sae-load: none
     if causal:
-        plots |= interpret.plot_report(run.folder, learned, causal, {r["name"]: [r["frontier"]] for r in runs if r["reward"] == config["reward"]})
+        images |= plots.plot_report(run.folder, learned, causal, {r["name"]: [r["frontier"]] for r in runs if r["reward"] == config["reward"]})
     page = interpret.write_report(run.folder, report | {
-        "title": f"{'What RLHF changed in' if learned else 'The features of'} {model_name(args)}, layer {', '.join(map(str, args.layers))}",
+        "title": f"{'What RLHF changed in' if learned else 'The features of'} {model_name(args.model)}, layer {', '.join(map(str, args.layers))}",
         "name": folder.name.removeprefix("rlhf-"), "rlhf": figures, "runs": runs, "config": config,
         "commands": [*commands, command_line(args, "interpret", run.config)],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "plots": {name: base64.b64encode(path.read_bytes()).decode() for name, path in plots.items() if path.exists()}})
+        "plots": {name: base64.b64encode(path.read_bytes()).decode() for name, path in images.items() if path.exists()}})
     print(f"report: {page}")
     return {"features": len(report["features"])} | ({key: causal.summary[key] for key in ("r", "r_other_prompts", "carriers")} if causal else {})
 
@@ -140,8 +140,8 @@ def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: Run) -> dic
     rows = [{"run": name} | intervals("gain at", cfg.kls, *gains[name]) | figures[name] for name in names]
     first, first_drawn = gains[names[0]]
     differences = [{f"{names[0]} minus": name} | intervals("at", cfg.kls, first - gains[name][0], first_drawn - gains[name][1]) for name in names[1:]]
-    interpret.plot_frontier(run.folder / "frontier.png", {
-        name: [[(kl_P.mean(), gain_P.mean()) for kl_P, gain_P in zip(*evaluations(folder))] for folder in folders[name]] for name in names})
+    plots.plot_frontier(run.folder / "frontier.png", {
+        name: [frontier(folder) for folder in folders[name]] for name in names})
     write_tables(run.folder / "tables.md", rows, differences)
     return {"runs": rows, "differences": differences}
 
@@ -167,12 +167,12 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: Run) -> dict:
         if cfg.rlhf:
             folders = [folder_of(cell, "rlhf") for cell in cells]
             gain, drawn = gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,))
-            figures |= {"gain": interpret.finite(gain.item())} | intervals("gain at", (cfg.kl,), gain, drawn)
+            figures |= {"gain": finite(gain.item())} | intervals("gain at", (cfg.kl,), gain, drawn)
             figures |= means([read_json(folder / "metrics.json") for folder in folders])
         if "interpret" in stages:
             figures |= means([read_json(folder_of(cell, "interpret") / "metrics.json") for cell in cells], ("carriers",))
         rows.append({"objective": objective, "target": l0} | figures)
-        interpret.plot_sweep(run.folder / "sweep.png", rows)
+        plots.plot_sweep(run.folder / "sweep.png", rows)
         write_tables(run.folder / "tables.md", rows)
     return {"cells": rows}
 
@@ -236,9 +236,16 @@ def choose_layers(args: argparse.Namespace) -> None:
         raise UserError(f"--layer {args.layer}: this model has layers 0 to {count - 1}")
 
 
-def model_name(args: argparse.Namespace) -> str:
+def model_name(model: str) -> str:
     """-> a name for SAE files to remember: `tiny` for assets/tiny, too; the hub's names as they are."""
-    return os.path.basename(os.path.abspath(args.model)) if os.path.isdir(args.model) else args.model
+    return os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model
+
+
+def same_model(one: str, other: str) -> bool:
+    """-> whether two values of --model mean the same: folders by their place, else by the last part of the name."""
+    if os.path.isdir(one) and os.path.isdir(other):
+        return os.path.samefile(one, other)
+    return os.path.basename(os.path.abspath(one)) == os.path.basename(os.path.abspath(other))
 
 
 def sae_folder(args: argparse.Namespace, layer: int) -> Path:
@@ -247,13 +254,15 @@ def sae_folder(args: argparse.Namespace, layer: int) -> Path:
 
 
 def missing_saes(args: argparse.Namespace) -> list[int]:
-    """-> those of --layer for which the run folder holds no finished SAE; UserError where it holds one that was made with other --sae-… options
-    than this command gives."""
+    """-> those of --layer for which the run folder holds no finished SAE; UserError where it holds one that was made for another --model, or with
+    other --sae-… options than this command gives."""
     given = {word.partition("=")[0].removeprefix("--sae-").replace("-", "_") for word in args.argv if word.startswith("--sae-")}
     wanted = json.loads(json.dumps(dataclasses.asdict(args.configs["sae"])))
     finished = [layer for layer in args.layers if (sae_folder(args, layer) / "metrics.json").exists()]
     for folder in (sae_folder(args, layer) for layer in finished):
-        config = read_json(folder / "config.json") if given else {}
+        config = read_json(folder / "config.json")
+        if not same_model(made_for := config.get("model", args.model), args.model):
+            raise UserError(f"{folder}: this SAE was made for model {made_for}: choose another --out, or --model")
         if changed := sorted(name for name in given if config.get(name, wanted[name]) != wanted[name]):
             raise UserError(f"{folder} was made with another {', '.join(changed)}: leave the option out to take it, or choose another --out")
     return [layer for layer in args.layers if layer not in finished]
@@ -266,7 +275,7 @@ def load_saes(args: argparse.Namespace, model: Pythia) -> dict[int, sae.SAE]:
     saes, generator = {}, torch.Generator().manual_seed(args.seed)
     for layer in args.layers:
         folder = sae_folder(args, layer)
-        saes[layer] = sae.load_sae(folder, model=model, model_name=model_name(args), layer=layer)
+        saes[layer] = sae.load_sae(folder, model=model, model_name=model_name(args.model), layer=layer)
         if args.policy == "random":
             saes[layer] = sae.random_dictionary(saes[layer], generator, l0=read_json(folder / "metrics.json")["l0"])
         elif args.policy == "random_rates":
@@ -449,7 +458,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         group = parser.add_argument_group(f"--stage {stage}")
         for field in dataclasses.fields(config):
             group.add_argument(f"--{stage}-{field.name.replace('_', '-')}", type=FIELD_TYPES.get(field.type, field.type),
-                               default=field.default, help=comments(config)[field.name].replace("%", "%%"))
+                               default=field.default, help=comments(config).get(field.name, "–").replace("%", "%%"))
     for word in argv:
         with reading(repr(word), "not UTF-8"):
             word.encode()
@@ -526,6 +535,8 @@ def required(value: str | None, option: str) -> str:
     return value
 
 
+# --------------------------------------------------------------------------------------------------- the folder of a stage
+
 def folder_of(args: argparse.Namespace, stage: str) -> Path:
     """-> OUT/STAGE; OUT/rlhf-POLICY-TAG, whose report is OUT/report-TAG; OUT/sae-report where there is no such run yet."""
     tag = f"-{args.tag}" if args.tag else ""
@@ -558,12 +569,6 @@ def inputs(args: argparse.Namespace, stage: str) -> dict[str, str]:
         f"sha256 of {path.relative_to(args.out)}": sha256(path) for path in files if path.exists()}
 
 
-def located(path: str) -> str:
-    """-> the path or, where there is none and it names a file beside this one (the prompts in assets/), that file's."""
-    beside = Path(__file__).parent / path
-    return str(beside) if not os.path.exists(path) and beside.is_file() else path
-
-
 def check_unchanged(args: argparse.Namespace, folder: Path, config: dict) -> None:
     """UserError where a finished run of --policy coef was made with other files than lie there now."""
     made_with = argparse.Namespace(**vars(args) | {name: config[name] for name in FILES if name in config})
@@ -572,11 +577,7 @@ def check_unchanged(args: argparse.Namespace, folder: Path, config: dict) -> Non
         raise UserError(f"{folder}: its coefficients were learned with another {', '.join(changed)} than lies there now: train again, with a --tag")
 
 
-def sha256(path: str | Path) -> str:
-    """-> the file's hash in hexadecimal digits, read piece by piece."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
+# ----------------------------------------------------------------------------------------------------- the stages in order
 
 def run_stage(stage: str, args: argparse.Namespace) -> dict:
     """Run one stage in its folder, or take its figures from there where it is finished and --resume was given (not of a comparison)."""
@@ -616,11 +617,7 @@ def check_inputs(args: argparse.Namespace) -> None:
     if args.policy in policies.NEED_SAE:
         missing_saes(args)
     for name in filter(None, (required(args.reward, "--reward"), args.gold)):
-        make, path = reward.text_reward(name)
-        if make:
-            make(path)
-        else:
-            CheckpointFiles(name).need("config.json")
+        reward.check_reward(name)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,10 +38,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import policies  # noqa: E402
 import ppo  # noqa: E402
 import train  # noqa: E402
-from interpret import as_sparse_as, class_means, explanation_score, logit_effect  # noqa: E402
 from files import read_json, read_rows, write_json  # noqa: E402
-from pythia import Pythia, PythiaConfig, ScoreFn, Tokenizer, pad, read_safetensors, write_safetensors  # noqa: E402
-from reward import RewardModel, encode_pairs, load_reward, pairs_from_labels, window  # noqa: E402
+from interpret import as_sparse_as, class_means, explanation_score, logit_effect  # noqa: E402
+from pythia import Pythia, PythiaConfig, Tokenizer, pad, read_safetensors, write_safetensors  # noqa: E402
+from reward import RewardModel, ScoreFn, encode_pairs, load_reward, pairs_from_labels, window  # noqa: E402
 from run import peak_memory_gib  # noqa: E402
 from sae import SAE, ActivationBuffer, SAEConfig, SAETrainer, evaluate_sae, load_sae, mlp_rows, mmcs, random_dictionary, train_sae  # noqa: E402
 
@@ -492,8 +492,8 @@ def explain(args: argparse.Namespace) -> None:
     shuffled weights is trained here, with the options of the SAE in --run, on the same text."""
     cfg, text = read_json(args.run / "config.json"), read_safetensors(args.run / "text.safetensors")
     model, layer, generator = Pythia.from_pretrained(cfg["model"], dtype=torch.float32), int(cfg["layers"].strip("[]")), torch.Generator().manual_seed(args.seed)
+    trained = load_sae(args.run, model=model, model_name=cfg["model"], layer=layer)
     cfg = SAEConfig(**{field.name: cfg[field.name] for field in dataclasses.fields(SAEConfig) if field.name in cfg})
-    trained = load_sae(args.run, model=model, model_name=args.model, layer=layer)
     shuffled = shuffled_weights(model, generator)
     rows_ND, other_ND = (mlp_rows(m, layer, text["heldout"]).float() for m in (model, shuffled))
     print(json.dumps({"bench": "explain", "seed": args.seed, "variance_explained_by_the_token": round(by_token(rows_ND, text["heldout"]), 4),
@@ -518,7 +518,7 @@ def words(args: argparse.Namespace) -> None:
     are below 1 and above; the first 12."""
     cfg, text = read_json(args.run / "config.json"), read_safetensors(args.run / "text.safetensors")
     model, tokenizer, layer = Pythia.from_pretrained(cfg["model"], dtype=torch.float32), Tokenizer.from_pretrained(cfg["model"]), int(cfg["layers"].strip("[]"))
-    trained, coef_F = load_sae(args.run, model=model, model_name=args.model, layer=layer), read_safetensors(args.rlhf / "policy.safetensors")[f"{layer}.coef_F"]
+    trained, coef_F = load_sae(args.run, model=model, model_name=cfg["model"], layer=layer), read_safetensors(args.rlhf / "policy.safetensors")[f"{layer}.coef_F"]
     ids = {tuple(tokenizer.encode(f" {word}")) for word in args.words.read_text().split()}
     listed_W = torch.tensor(sorted(row[0] for row in ids if len(row) == 1))                         # W: listed words of one token
     effect_FW, push_F, places = logit_effect(model, trained.W_dec_FD)[:, listed_W], torch.zeros(trained.num_features), 0
@@ -544,7 +544,7 @@ def busy(args: argparse.Namespace) -> None:
     are most often among the busiest twentieth, with how often they are in the text."""
     cfg, text = read_json(args.run / "config.json"), read_safetensors(args.run / "text.safetensors")["heldout"]
     model, tokenizer, layer = Pythia.from_pretrained(cfg["model"], dtype=torch.float32), Tokenizer.from_pretrained(cfg["model"]), int(cfg["layers"].strip("[]"))
-    trained = load_sae(args.run, model=model, model_name=args.model, layer=layer)
+    trained = load_sae(args.run, model=model, model_name=cfg["model"], layer=layer)
     like = random_dictionary(trained, torch.Generator().manual_seed(args.seed), mlp_rows(model, layer, text[:64]).float())        # as --stage rlhf
     ids_N = text[64:, 1:].flatten().long()
     total_V = torch.bincount(ids_N, minlength=model.cfg.vocab_size)

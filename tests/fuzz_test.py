@@ -22,9 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from files import CheckpointFiles, UserError, read_json, read_rows  # noqa: E402
+from lm import read_texts  # noqa: E402
 from pythia import Pythia, PythiaConfig, Tokenizer, bytes_of_characters, read_safetensors, read_weights, write_safetensors  # noqa: E402
 from reward import load_preferences  # noqa: E402
-from lm import read_texts  # noqa: E402
 
 HEADROOM = 64 * 2 ** 20                              # bytes of address space
 HOSTILE = [None, True, False, 0, -1, 1, 2, 3, 4, 8, 0.0, 1.5, -0.5, 2 ** 31, 2 ** 32 - 1, 2 ** 63, 2 ** 64, 10 ** 400, -10 ** 30,

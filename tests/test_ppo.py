@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
 from compare import gain_at_kl, gains_at_kls
-from policies import FeatureScale, Trunk, make_policy
-from ppo import AdaptiveKL, Critic, Evaluation, PPOConfig, Prompts, Rollout, Standardize, collect_rollouts, episode_gradients, forward_selection, gae, join, keep_few, kl_rewards, make_rollout, next_logprobs, pick, ppo_loss, respond, score, select, train_ppo, update_policy, whiten
+from conftest import Characters, complaint, killed_and_resumed, random_model, random_tokens
 from files import UserError
+from policies import FeatureScale, Trunk, make_policy
+from ppo import (AdaptiveKL, Critic, Evaluation, PPOConfig, Prompts, Rollout, Standardize, collect_rollouts, episode_gradients, forward_selection,
+                 gae, join, keep_few, kl_rewards, make_rollout, next_logprobs, pick, ppo_loss, respond, score, select, train_ppo, update_policy,
+                 whiten)
 from pythia import pad
-from sae import SAE
 from run import Run
+from sae import SAE
 
 R, F32, F64, CPU = 5, torch.float32, torch.float64, torch.device("cpu")
 CFG = PPOConfig(iterations=4, episodes=32, samples_per_prompt=2, response_tokens=R, epochs=2, minibatches=2, micro_batch=8,
@@ -612,7 +614,7 @@ def test_other_misuse_is_explained():
     assert "coef, random" in complaint(make_policy, "none", model, [], {}, CFG)
     assert "scale, scale+bias" in complaint(make_policy, "coef", model, [], {}, CFG, "shift")
     assert "--edit scale+bias is for" in complaint(make_policy, "steer", model, [], {}, CFG, "scale+bias")
-    assert "--rlhf-lora-targets mlp: choose" in complaint(make_policy, "lora", model, [], {}, replace(CFG, lora_targets=("dense", "mlp")))
+    assert "--rlhf-lora-targets dense,mlp: choose" in complaint(replace, CFG, lora_targets=("dense", "mlp")) and "choose" in complaint(replace, CFG, lora_targets=())
     assert complaint(prompts, ["2" * 59]).startswith("1 of 1 prompts have more than 59 tokens")
 
 

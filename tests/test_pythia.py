@@ -13,9 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from files import CheckpointFiles, UserError, load_state, read_rows, write_json, write_whole
-from pythia import DTYPES, Linear, Pythia, PythiaConfig, Tokenizer, attention_mask, bytes_of_characters, pad, read_safetensors, read_weights, sample, stream_safetensors, write_safetensors
-from run import check_finite
 from policies import FeatureScale, LoRAPolicy
+from pythia import (DTYPES, Linear, Pythia, PythiaConfig, Tokenizer, attention_mask, bytes_of_characters, pad, read_safetensors, read_weights,
+                    sample, stream_safetensors, write_safetensors)
+from run import check_finite
 from sae import SAE
 
 REPO = Path(__file__).parents[1]

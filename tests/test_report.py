@@ -125,7 +125,7 @@ def test_finished_runs_are_found_with_their_frontiers(tmp_path):
         (tmp_path / f"rlhf-{name}").mkdir()
         (tmp_path / f"rlhf-{name}" / "config.json").write_text(json.dumps({"reward": "r", "layers": "[2]"}))
         (tmp_path / f"rlhf-{name}" / "metrics.jsonl").write_text(
-            '{"step": 0}\n{"step": 1, "eval_kl": 1.0, "eval_score_gain_std": 0.5}\n{"step": 2, "eval_kl": 2.0, "eval_score_gain_std": 0.75}\n')
+            '{"step": 0}\n{"step": 1, "eval_kls": [0.5, 1.5], "eval_gains": [0.5, 0.5]}\n{"step": 2, "eval_kls": [1, 3], "eval_gains": [0.5, 1]}\n')
         if done:
             (tmp_path / f"rlhf-{name}" / "metrics.json").write_text(json.dumps({"kl": 2.0, "score_gain_std": 0.75}))
     runs = interpret.finished_runs(tmp_path)

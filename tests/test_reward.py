@@ -189,6 +189,7 @@ def test_openassistant_reads_dialogues_in_its_own_form():
     assert tokenizer.decode(said) == "<|prompter|>Is it good?<|endoftext|><|assistant|>Very. See it!<|endoftext|>"
     assert said[0] == tokenizer.added_ids["<|prompter|>"]
     assert oasst_dialogue("no turns") == "<|prompter|>no turns<|endoftext|>"
+    assert oasst_dialogue("<|endoftext|>") == "<|prompter|><|endoftext|>"                # never without a token
 
 
 # ------------------------------------------------------------------------------------------------------------------- pairs

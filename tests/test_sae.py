@@ -12,10 +12,10 @@ from bench import NoRun, PlantedRows
 from conftest import CONFIG, complaint, killed_and_resumed, random_model, random_tokens
 from files import read_json, write_json
 from pythia import read_safetensors, write_safetensors
+from run import Run
 from sae import (BANDWIDTH, OBJECTIVES, SAE, ActivationBuffer, Pass, SAEConfig, SAETrainer, active, auxk, evaluate_sae, gate_error,
                  jumprelu, load_sae, mlp_rows, mmcs, normalize_decoder, random_dictionary, read_sae, refit_decoder, remove_radial_gradient, resample_dead,
                  train_sae)
-from run import Run
 
 D, F, LAYER = CONFIG.hidden_size, 80, 2
 

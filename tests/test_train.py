@@ -20,8 +20,9 @@ import lm
 import train
 from conftest import complaint
 from files import load_state, read_json, write_json
-from run import Run
 from pythia import Pythia, PythiaConfig, Tokenizer, read_safetensors, write_safetensors
+from reward import load_reward
+from run import Run
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--sae-text-tokens", "4000", "--sae-eval-tokens", "1024", "--sae-context", "32", "--sae-tokens", "12000", "--sae-batch-size", "256",
@@ -162,6 +163,7 @@ def test_the_prompts_of_the_assets_are_found_from_everywhere_and_named_the_same(
     (tmp_path / "tiny").mkdir()                      # a folder named as the embedded model, with no model in it
     assert run("--resume", out=whole) == 0 and read_json(whole / "rlhf-coef" / "config.json")["prompts"] == "assets/prompts.txt"
     assert len(train.read_prompts("assets/prompts-eval.txt")) > 100
+    assert load_reward("avoid:assets/avoid.txt", Tokenizer.from_pretrained("tiny")).function(["An awful, awful film"]) == [-2]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -442,7 +444,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--reward", "tiny"], "head.weight"),
     (["--reward", "avoid:no-such-file"], "no-such-file"),
     (["--reward", ""], "--reward is needed"),
-    (["--reward", f"prefer:{ROOT / 'assets' / 'avoid.txt'}"], "there is avoid:FILE"),
+    (["--reward", f"prefer:{ROOT / 'assets' / 'avoid.txt'}"], "'prefer' is no kind of function of texts; there is avoid"),
     (["--corpus", "caf\udce9.txt", "--stage", "sae"], "caf"),
     (["--prompts", "no-such-file"], "no-such-file"),
     (["--device", "abacus"], "--device abacus"),
@@ -464,6 +466,9 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--lm-warmup", "0"], "--lm-warmup must be positive"),
     (["--lm-context", "1"], "--lm-context"),
     (["--compare-runs", ";"], "--compare-runs"),
+    (["--compare-runs", "coef --rlhf-lr '0.1; full'"], "--compare-runs"),
+    (["--sweep-objectives", ","], "--sweep-objectives"),
+    (["--stage", "compare", "--compare-runs", "full; lora --rlhf-lora-targets qkv"], "--rlhf-lora-targets qkv"),
     (["--compare-kls", "0"], "--compare-kls"),
     (["--sweep-seeds", "0"], "--sweep-seeds"),
     (["--reward-weight-decay", "-1"], "--reward-weight-decay"),
@@ -638,6 +643,10 @@ def test_sae_of_another_model_layer_or_width(whole, tmp_path, capsys):
     assert "this SAE was made for" in capsys.readouterr().err
     assert run("--stage", "rlhf", "--tag", "other", "--model", str(shutil.copytree(ROOT / "assets" / "tiny", tmp_path / "other")), out=whole) == 2
     assert "this SAE was made for" in capsys.readouterr().err
+    other = shutil.copytree(ROOT / "assets" / "tiny", tmp_path / "elsewhere" / "other")          # another model of the same name
+    assert run("--stage", "sae", "--model", str(tmp_path / "other"), out=tmp_path / "named") == 0
+    assert run("--stage", "rlhf", "--model", str(other), out=tmp_path / "named") == 2
+    assert f"this SAE was made for model {tmp_path / 'other'}" in capsys.readouterr().err
     narrow = Pythia(PythiaConfig(4096, 64, 4, 2, 128)).initialize(torch.Generator().manual_seed(0))
     narrow.save_pretrained(tmp_path / "tiny")
     Tokenizer.from_pretrained("tiny").save_pretrained(tmp_path / "tiny")
@@ -662,10 +671,10 @@ def test_help_explains_every_option(capsys):
 
 
 def test_each_file_imports_only_from_further_down_the_readme_s_list():
-    listed = re.search(r"Each imports only from files further down in this order .*: (.*)\.", (ROOT / "README.md").read_text())[1].split(", ")
+    listed = re.search(r"Each imports only from files further down in this order: (.*)\.", (ROOT / "README.md").read_text())[1].split(", ")
     assert sorted(listed) == sorted(path.stem for path in ROOT.glob("*.py"))
     for place, name in enumerate(listed):
-        imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE)) & set(listed)
+        imported = set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE)) & set(listed)
         assert imported <= set(listed[place + 1:]), f"{name}.py imports {imported}"
 
 
