@@ -130,7 +130,7 @@ class Policy:
         reference                   the Pythia that it must stay near
         default_lr                  Adam's step, unless --rlhf-lr says another
         trainable() -> {name: p}    the learned numbers; start(name): what they were before anything was learned
-        observe(tokens_BT, mask_BT, R, seen) -> Trunk            what of a rollout does not depend on them
+        observe(tokens_BT, mask_BT, R, recorded) -> Trunk        what of a rollout does not depend on them
         hidden(tokens_BT, mask_BT, R, trunk) -> hidden_BRD       the policy's final hidden states at the positions that predict the response
     """
 
@@ -199,10 +199,10 @@ class EditPolicy(Policy):
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"{layer}.{name}": p for layer, edit in self.edits.items() for name, p in edit.named_parameters() if p.requires_grad}
 
-    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, seen: Sequence[Tensor] = ()) -> Trunk:
+    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, recorded: Sequence[Tensor] = ()) -> Trunk:
         """-> what of these episodes no learned number can change: computed once a rollout, whatever is updated later. The layers up to the
-        lowest edited one have been run already where the episodes were sampled: `seen` is what came of it."""
-        resid_BTD, mlp_BTD, neurons_BTM = seen or self.model.trunk(tokens_BT[:, :-1], self.lowest, mask_BT[:, :-1])
+        lowest edited one have been run already where the episodes were sampled: `recorded` is what came of it."""
+        resid_BTD, mlp_BTD, neurons_BTM = recorded or self.model.trunk(tokens_BT[:, :-1], self.lowest, mask_BT[:, :-1])
         ref_hidden_BRD = self.model.hidden_from(resid_BTD, self.lowest, mask_BT[:, :-1], last=R)
         return Trunk(ref_hidden_BRD, resid_BTD, self.edits[self.lowest].encode(mlp_BTD, neurons_BTM))
 
@@ -224,7 +224,7 @@ class WeightPolicy(Policy):
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, seen: Sequence[Tensor] = ()) -> Trunk:
+    def observe(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, recorded: Sequence[Tensor] = ()) -> Trunk:
         return Trunk(self.reference.hidden(tokens_BT[:, :-1], mask_BT[:, :-1], last=R))
 
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: Trunk) -> Tensor:

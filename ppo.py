@@ -139,8 +139,8 @@ def collect_rollouts(policy: Policy, prompt_BT: Tensor, prompt_mask_BT: Tensor, 
     for rows in slices(len(prompt_BT), cfg.generate_batch):
         record = []                                  # (resid, mlp, neurons) of the prompts, then of each new token but the last
         tokens_BT, mask_BT = respond(policy.model, policy.edits, prompt_BT[rows], prompt_mask_BT[rows], end_of_text, cfg, generator, record)
-        seen = [torch.cat(pieces, dim=1) for pieces in zip(*record)]
-        parts += [make_rollout(policy, tokens_BT[micro], mask_BT[micro], cfg, [x[micro] for x in seen])
+        recorded = [torch.cat(pieces, dim=1) for pieces in zip(*record)]
+        parts += [make_rollout(policy, tokens_BT[micro], mask_BT[micro], cfg, [x[micro] for x in recorded])
                   for micro in slices(len(tokens_BT), cfg.micro_batch)]
     return join(parts)
 
@@ -163,12 +163,12 @@ def respond(model: Pythia, edits: dict, prompt_BT: Tensor, prompt_mask_BT: Tenso
 
 
 @torch.no_grad()
-def make_rollout(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig, seen: Sequence[Tensor] = ()) -> Rollout:
-    """Compute logprobs (through the training path, so that the first ratio is exactly 1), KL and entropy of responses. For `seen`, see
+def make_rollout(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOConfig, recorded: Sequence[Tensor] = ()) -> Rollout:
+    """Compute logprobs (through the training path, so that the first ratio is exactly 1), KL and entropy of responses. For `recorded`, see
     EditPolicy.observe."""
     R = cfg.response_tokens
     mask_BR, response_BR = mask_BT[:, -R:], tokens_BT[:, -R:]
-    trunk = policy.observe(tokens_BT, mask_BT, R, seen)
+    trunk = policy.observe(tokens_BT, mask_BT, R, recorded)
     logp_BRV = next_logprobs(policy.model, policy.hidden(tokens_BT, mask_BT, R, trunk), cfg.temperature)
     ref_logp_BRV = next_logprobs(policy.reference, trunk.ref_hidden_BRD, cfg.temperature)
     logprobs_BR, ref_logprobs_BR, p_BRV = pick(logp_BRV, response_BR), pick(ref_logp_BRV, response_BR), logp_BRV.exp()

@@ -343,20 +343,20 @@ class Pythia(nn.Module):
 
         def draw(new: Positions, after: Positions, mask_BS: Tensor | None = mask_BS) -> list:
             """Run the tokens at positions `new`; from the last of them, draw the one at position `after` -> what `record` gets."""
-            cache.where, seen = new, None if record is None else []
-            x_BTD = self._run(self.gpt_neox.embed_in(tokens_BS[:, new]), range(self.cfg.num_layers), mask_BS, edits, cache, record=seen)[0]
+            cache.where, recorded = new, None if record is None else []
+            x_BTD = self._run(self.gpt_neox.embed_in(tokens_BS[:, new]), range(self.cfg.num_layers), mask_BS, edits, cache, record=recorded)[0]
             logits_BTV = self.embed_out(self.gpt_neox.final_layer_norm(x_BTD[:, -1:]))
             tokens_BS[:, after] = sample(logits_BTV[:, 0], temperature, uniform_BS[:, after].squeeze(1))[:, None]
-            return seen or []
+            return recorded or []
 
-        seen = draw(slice(0, T), slice(T, T + 1))
+        recorded = draw(slice(0, T), slice(T, T + 1))
         if max_new_tokens > 2 and use_graphs(self.device):
-            seen += draw_by_graph(draw, T, S, torch.ones(1, room, device=self.device) if mask_BS is None else mask_BS)
+            recorded += draw_by_graph(draw, T, S, torch.ones(1, room, device=self.device) if mask_BS is None else mask_BS)
         else:
             for step in range(T + 1, S):
-                seen += draw(slice(step - 1, step), slice(step, step + 1))
+                recorded += draw(slice(step - 1, step), slice(step, step + 1))
         if record is not None:
-            record += seen
+            record += recorded
         return tokens_BS
 
     # ---- making, loading and saving
@@ -426,18 +426,18 @@ def draw_by_graph(draw: Callable, T: int, S: int, mask_BS: Tensor) -> list:
     at_1 = torch.tensor([T], device=mask_BS.device)
 
     def draw_next() -> list:
-        seen = draw(at_1, at_1 + 1, mask_BS)
+        recorded = draw(at_1, at_1 + 1, mask_BS)
         at_1.add_(1)
-        return seen
+        return recorded
 
-    seen = draw_next()                               # as usual, for a kernel's first call sets up what cannot be captured
+    recorded = draw_next()                               # as usual, for a kernel's first call sets up what cannot be captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):                    # written down, not done: at_1 and the tokens stay as they are
         kept = draw_next()
     for _ in range(T + 2, S):
         graph.replay()
-        seen += [tuple(x.clone() for x in triple) for triple in kept]            # each replay writes to the same ones
-    return seen
+        recorded += [tuple(x.clone() for x in triple) for triple in kept]            # each replay writes to the same ones
+    return recorded
 
 
 def attention_mask(mask_BT: Tensor | None, queries: Positions, dtype: torch.dtype) -> Tensor | None:

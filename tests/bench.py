@@ -244,11 +244,11 @@ class PPOBench:
         record = []
         self.tokens_BT, self.mask_BT = ppo.respond(self.policy.model, self.policy.edits, self.prompt_BT, torch.ones_like(self.prompt_BT), 0,
                                                    self.cfg, self.generator, record)
-        self.seen = [torch.cat(pieces, dim=1) for pieces in zip(*record)]
+        self.recorded = [torch.cat(pieces, dim=1) for pieces in zip(*record)]
 
     def reference(self) -> None:
         """Features, logprobs of policy and reference, KL."""
-        self.rollout = ppo.join([ppo.make_rollout(self.policy, self.tokens_BT[rows], self.mask_BT[rows], self.cfg, [x_BT[rows] for x_BT in self.seen])
+        self.rollout = ppo.join([ppo.make_rollout(self.policy, self.tokens_BT[rows], self.mask_BT[rows], self.cfg, [x_BT[rows] for x_BT in self.recorded])
                                  for rows in ppo.slices(self.cfg.episodes, self.cfg.micro_batch)])
 
     def score(self) -> None:
@@ -339,8 +339,8 @@ def bench_ppo(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def trunk_anew(policy: policies.EditPolicy, tokens_BT: Tensor, mask_BT: Tensor, trunk: policies.Trunk) -> policies.Trunk:
     """-> what `trunk` caches, computed again."""
-    resid_BTD, *seen = policy.model.trunk(tokens_BT[:, :-1], policy.lowest, mask_BT[:, :-1])
-    return policies.Trunk(trunk.ref_hidden_BRD, resid_BTD, policy.edits[policy.lowest].encode(*seen))
+    resid_BTD, *recorded = policy.model.trunk(tokens_BT[:, :-1], policy.lowest, mask_BT[:, :-1])
+    return policies.Trunk(trunk.ref_hidden_BRD, resid_BTD, policy.edits[policy.lowest].encode(*recorded))
 
 
 def uncached_hidden(policy: policies.EditPolicy, cached: Callable, tokens_BT: Tensor, mask_BT: Tensor, R: int, trunk: policies.Trunk) -> Tensor:
