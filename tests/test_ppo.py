@@ -618,6 +618,12 @@ def test_other_misuse_is_explained():
     assert complaint(prompts, ["2" * 59]).startswith("1 of 1 prompts have more than 59 tokens")
 
 
+def test_a_policy_that_nobody_makes_is_not_another(monkeypatch):
+    monkeypatch.setattr("policies.POLICIES", ("gated",))
+    with pytest.raises(NotImplementedError, match="gated"):
+        make_policy("gated", random_model(), [1], {1: random_sae(random_model(), 0)}, CFG)
+
+
 def test_prompts_that_are_too_long_are_left_out_and_told(capsys):
     assert prompts(["1", "2" * 58]).tokens_BT.shape == (2, 59) and not capsys.readouterr().out
     assert torch.equal(prompts(["2" * 59, "13", "4"]).tokens_BT, prompts(["13", "4"]).tokens_BT)
