@@ -137,7 +137,8 @@ def top_tokens(values_V: Tensor, tokenizer: Tokenizer, number: int) -> list[tupl
 def make_cards(model: Pythia, tokenizer: Tokenizer, layer: int, sae: SAE, chosen: list[int] | None, learned: dict[str, Tensor],
                tokens_BT: Tensor, cfg: InterpretConfig) -> tuple[list[FeatureCard], dict]:
     """-> cards of the chosen features of one layer, in order, and what is known of its whole SAE (`mean_explanations`). `learned` holds
-    `{layer}.coef_F` and perhaps `{layer}.bias_F`, or nothing. With None chosen: those of `cfg.columns` features that the text explains best."""
+    `{layer}.coef_F` and perhaps `{layer}.bias_F`, or nothing. With None chosen: of `cfg.columns` features, evenly spaced, the
+    `cfg.features` that the text explains best."""
     strided = torch.linspace(0, sae.num_features - 1, min(cfg.columns, sae.num_features)).round().long().tolist()
     looked_at = (chosen or []) + strided
     rows_ND = mlp_rows(model, layer, tokens_BT).float()                                    # without the windows' first tokens

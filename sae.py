@@ -32,7 +32,7 @@ from run import Run, check_finite, check_positive, multiplies_bfloat16
 class SAEConfig:
     """--stage sae. Steps, windows and warm-ups that the papers give in steps of a long run are shares of this run here."""
 
-    num_features: int = 2048             # F; 8 × hidden size, as in the proposal
+    num_features: int = 2048             # F; here 8 × the hidden size of tiny, as in the proposal: for another model say so anew
     objective: str = "l1"                # a name in OBJECTIVES
     l0: float = 31.0                     # features active a token to aim at (topk, batchtopk: k); 0: leave l1_coef as it is
     l1_coef: float = 1.0                 # weight of the penalty, beside squares summed over D, where E‖x‖² = D; with l0 > 0 only the first

@@ -140,8 +140,7 @@ def stage_compare(args: argparse.Namespace, cfg: CompareConfig, run: Run) -> dic
     rows = [{"run": name} | intervals("gain at", cfg.kls, *gains[name]) | figures[name] for name in names]
     first, first_drawn = gains[names[0]]
     differences = [{f"{names[0]} minus": name} | intervals("at", cfg.kls, first - gains[name][0], first_drawn - gains[name][1]) for name in names[1:]]
-    plots.plot_frontier(run.folder / "frontier.png", {
-        name: [frontier(folder) for folder in folders[name]] for name in names})
+    plots.plot_frontier(run.folder / "frontier.png", {name: [frontier(folder) for folder in folders[name]] for name in names})
     write_tables(run.folder / "tables.md", rows, differences)
     return {"runs": rows, "differences": differences}
 
@@ -288,7 +287,9 @@ def finished_coefs(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict | 
     """-> what a finished run of --policy coef has learned, and its figures; ({}, None) where the run folder has none yet."""
     folder = folder_of(args, "rlhf")
     finished = (folder / "metrics.json").exists()
-    if args.policy != "coef" or args.tag and not finished:
+    if args.policy != "coef":
+        raise UserError(f"--stage interpret is for --policy coef, not {args.policy}")
+    if args.tag and not finished:
         raise UserError(f"{folder} holds no finished run of --policy coef to interpret: run --stage rlhf first")
     if not finished:
         return {}, None
@@ -437,7 +438,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage="python train.py [--OPTION VALUE …]", description="Interpretable RLHF with sparse autoencoders",
                                      allow_abbrev=False, exit_on_error=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--stage", default="all", choices=["all", *STAGES], help="all: sae, rlhf, and for coef interpret")
+    add("--stage", default="all", choices=["all", *STAGES], help="all: sae where --policy needs one, rlhf, and for coef interpret")
     add("--model", default="tiny", help="an embedded model, the folder of a checkpoint, or a name of the Hugging Face hub")
     add("--layer", default=None, help="whose MLP output is read and edited, from 0: a number, several (1,2,3), or all; the middle one")
     add("--policy", default="coef", choices=policies.POLICIES, help="what RLHF trains: coefficients of the SAE, or what to compare them with")
@@ -624,7 +625,7 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0; 2 with one line on stderr for what the user can mend; 128 + the signal that stopped it."""
     try:
         args = resolve(parse(sys.argv[1:] if argv is None else argv))
-        whole = ["sae", "rlhf", "interpret"] if args.policy == "coef" else ["sae", "rlhf"]         # the report is of coef alone
+        whole = ["sae"] * (args.policy in policies.NEED_SAE) + ["rlhf"] + ["interpret"] * (args.policy == "coef")
         stages = whole if args.stage == "all" else [args.stage]
         if "rlhf" in stages:
             check_inputs(args)

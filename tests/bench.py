@@ -1,6 +1,6 @@
 """Measurements, one JSON line each: what was measured, on which device, shapes and dtype, the median of interleaved repeats, peak memory.
 
-    python tests/bench.py load|prefill|generate|sae|ppo|update [--model tiny|70m-random|…|6.9b-random|NAME] [--against transformers|trl]
+    python tests/bench.py load|trunk|prefill|generate|sae|ppo|update|write [--model tiny|trl-random|14m-random|…|12b-random|NAME] [--against transformers|trl]
     python tests/bench.py bow --corpus TRAIN.jsonl.gz --eval-corpus VAL.jsonl.gz --reward tiny-reward --half 1
     python tests/bench.py planted --objective l1,topk --seed 1
     python tests/bench.py explain --run runs/tiny/sae

@@ -1,4 +1,4 @@
-"""pythia.py against the outputs of the reference libraries (tests/golden, see README there) and against itself done slowly."""
+"""pythia.py, and what it reads by files.py, against the outputs of the reference libraries (tests/golden, see README there) and against itself done slowly."""
 
 import gzip
 import json

@@ -11,7 +11,7 @@ Where feature i is silent nothing changes at all. With v = (c − 1) d_i it is `
 Write the class `GatedSteer(sae, feature)` beside `Steer`, an `Edit` like it, with encode(mlp_BTD, neurons_BTM) -> what `change` needs to know of the
 tokens and does *not* depend on v (PPO keeps it for a whole rollout and takes rows of it), and change(what encode gave) -> change_BTD. `EditPolicy(model, {layer: GatedSteer(sae, i)})` must train it, v being all that learns.
 
-Hints: read `FeatureScale` first, for the SAE's dtype, too; a tensor of shape (B, T, 1) is something that `select` and `join` can take apart. To go
+Hints: read `FeatureScale` first, for the SAE's dtype, too; a tensor of shape (B, T, 1) is something that `ppo.select` and `ppo.join` can take apart. To go
 on: a name in POLICIES and a line in make_policy (and NEED_SAE, so that SAEs are loaded), the feature from the config; a vector for each of some features.
 """
 
