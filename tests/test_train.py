@@ -644,7 +644,8 @@ def test_sae_of_another_model_layer_or_width(whole, tmp_path, capsys):
     assert run("--stage", "rlhf", "--tag", "other", "--model", str(shutil.copytree(ROOT / "assets" / "tiny", tmp_path / "other")), out=whole) == 2
     assert "this SAE was made for" in capsys.readouterr().err
     other = shutil.copytree(ROOT / "assets" / "tiny", tmp_path / "elsewhere" / "other")          # another model of the same name
-    assert run("--stage", "sae", "--model", str(tmp_path / "other"), out=tmp_path / "named") == 0
+    shutil.copytree(whole / "sae", tmp_path / "named" / "sae")
+    write_json(tmp_path / "named" / "sae" / "config.json", read_json(whole / "sae" / "config.json") | {"model": str(tmp_path / "other")})
     assert run("--stage", "rlhf", "--model", str(other), out=tmp_path / "named") == 2
     assert f"this SAE was made for model {tmp_path / 'other'}" in capsys.readouterr().err
     narrow = Pythia(PythiaConfig(4096, 64, 4, 2, 128)).initialize(torch.Generator().manual_seed(0))
