@@ -42,7 +42,7 @@ def reading(source: object, complaint: str) -> Iterator[None]:
         raise UserError(f"{source}: {complaint}: {reason[:300]}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------- whole files
+# ----------------------------------------------------------------------------------------------- reading and writing files
 
 def write_whole(path: str | Path, write: Callable) -> None:
     """Call `write(binary file)` on a temporary file beside `path` and rename it, so that `path` is never half written; makes its folder."""

@@ -357,7 +357,7 @@ def check_reward(name: str) -> None:
     if make:
         make()
     elif ":" in name and not os.path.exists(name):
-        raise UserError(f"--reward {name}: {name.partition(':')[0]!r} is no kind of function of texts; there is {', '.join(TEXT_REWARDS)} (:FILE)")
+        raise UserError(f"{name}: {name.partition(':')[0]!r} is no kind of function of texts; there is {', '.join(TEXT_REWARDS)} (:FILE)")
     else:
         CheckpointFiles(name).need("config.json")
 

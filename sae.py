@@ -281,7 +281,7 @@ class Step(torch.autograd.Function):
         return None, (gradient_NF * near_NF).sum(0) / -BANDWIDTH
 
 
-class JumpReLU(Step):
+class JumpReLU(torch.autograd.Function):
     """z H(z − θ), with slopes H(z − θ) by z and −(θ/ε) 1[|z − θ| < ε/2] by θ."""
 
     @staticmethod

@@ -78,7 +78,7 @@ def stage_rlhf(args: argparse.Namespace, cfg: ppo.PPOConfig, run: Run) -> dict:
     plots.plot_curves(run.folder / "curves.png", run.rows(), ("score", "kl", "entropy", "approx_kl", "var_explained"), "iteration")
     # A gain that the gold model, which training never saw, does not share is over-optimisation.
     figures = after.figures | (evaluation.gain_by(gold_fn, after, "gold") if gold_fn else {})
-    if args.policy in policies.NEED_SAE and args.edit == "scale+bias":
+    if args.edit == "scale+bias":
         coefs_alone = {name: p if ".coef_" in name else torch.zeros_like(p) for name, p in policy.state_dict().items()}
         with policy.holding(coefs_alone):
             without_bias = evaluation(policy).figures
