@@ -409,6 +409,14 @@ def test_scale_cannot_escape_a_penalty():
         assert torch.allclose(norm_F, torch.ones(F)) == (name != "l1_decnorm")
 
 
+def test_batchtopk_keeps_the_largest_of_the_batch_and_nothing_negative():
+    sae, z_NF = SAE(4, 6), torch.randn(8, 6, generator=seeded())
+    sae.threshold_F = torch.nn.Parameter(torch.zeros(6))
+    largest = z_NF.flatten().sort(descending=True).values
+    assert torch.equal(OBJECTIVES["batchtopk"].activation(sae, z_NF, 1.5), torch.where(z_NF >= largest[11], z_NF, 0.0))          # 12 of 48
+    assert torch.equal(OBJECTIVES["batchtopk"].activation(sae, z_NF, 6.0), z_NF.relu())
+
+
 def test_straight_through_gradients_equal_the_papers():
     """Of Σ w f + v ‖f‖₀, by θ and by z; and as a mean over many z they are the slopes of smooth expectations."""
     sae, generator = SAE(4, 3), seeded()
