@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from files import UserError
 from policies import LORA_TARGETS, EditPolicy, Policy, Trunk
-from pythia import Pythia, Tokenizer, pad
+from pythia import Pythia, Tokenizer, pad, tempered
 from reward import ScoreFn
 from run import Run, check_finite, check_positive
 
@@ -180,8 +180,7 @@ def make_rollout(policy: Policy, tokens_BT: Tensor, mask_BT: Tensor, cfg: PPOCon
 def next_logprobs(model: Pythia, hidden_BRD: Tensor, temperature: float) -> Tensor:
     """-> log-probabilities of the next token, logprobs_BRV: of logits in the model's dtype, but computed in float32 or better."""
     logits_BRV = model.embed_out(hidden_BRD.contiguous())           # one matrix product, where a slice of T would become B small ones
-    logits_BRV = logits_BRV if logits_BRV.dtype == torch.float64 else logits_BRV.float()
-    return torch.log_softmax(logits_BRV if temperature == 1 else logits_BRV / temperature, dim=-1)         # no needless pass over the largest tensor
+    return torch.log_softmax(tempered(logits_BRV, temperature), dim=-1)
 
 
 def response_logprobs(policy: Policy, batch: Rollout, cfg: PPOConfig) -> Tensor:

@@ -456,6 +456,12 @@ def attention_mask(mask_BT: Tensor | None, queries: Positions, dtype: torch.dtyp
     return torch.zeros_like(barred_BTS, dtype=dtype).masked_fill_(barred_BTS, -math.inf)[:, None]
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """-> logits (…, V) divided by the temperature, in float32 or better; at 1 without a needless pass over what is often the largest tensor."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if temperature == 1 else logits / temperature
+
+
 def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
     """Draw one token a row by inverting the cumulative distribution at uniform_B, in (0, 1]; temperature 0: the most likely.
 
@@ -465,7 +471,7 @@ def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    cumulative_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).cumsum(-1)
+    cumulative_BV = torch.softmax(tempered(logits_BV, temperature), dim=-1).cumsum(-1)
     drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:])
     return drawn_B1.squeeze(-1).clamp(max=logits_BV.shape[-1] - 1)
 
