@@ -127,20 +127,21 @@ class Rotary:
         # In float32 whatever the model's dtype: old checkpoints hold a float16 copy of inv_freq that is too coarse.
         exponent = torch.arange(0, cfg.rotary_dims, 2, device=device, dtype=torch.float32) / cfg.rotary_dims
         angle_TP = torch.outer(torch.arange(num_positions, device=device, dtype=torch.float32), float(cfg.rotary_base) ** -exponent)
-        self.dims = cfg.rotary_dims
-        self.cos_T11P = angle_TP[:, None, None].cos().to(dtype)    # P: pairs
-        self.sin_T11P = angle_TP[:, None, None].sin().to(dtype)
+        pairs, rest = cfg.rotary_dims // 2, cfg.head_size - cfg.rotary_dims
+        angle_TK = F.pad(torch.cat([-angle_TP, angle_TP], dim=1), (0, rest))                   # P: pairs; what passes through is turned by 0
+        self.cos_T11K, self.sin_T11K = (x_TK[:, None, None].to(dtype) for x_TK in (angle_TK.cos(), angle_TK.sin()))
+        self.parts = (pairs, pairs, rest)
 
     def at(self, where: Positions) -> "Rotary":
         """-> the same for the tokens at `where` alone."""
         part = copy.copy(self)
-        part.cos_T11P, part.sin_T11P = self.cos_T11P[where], self.sin_T11P[where]
+        part.cos_T11K, part.sin_T11K = self.cos_T11K[where], self.sin_T11K[where]
         return part
 
     def __call__(self, x_BTH2K: Tensor) -> Tensor:
-        """Turn queries and keys (2) of all T tokens."""
-        a, b, rest = x_BTH2K.tensor_split((self.dims // 2, self.dims), dim=-1)
-        return torch.cat([a * self.cos_T11P - b * self.sin_T11P, b * self.cos_T11P + a * self.sin_T11P, rest], dim=-1)
+        """Turn queries and keys (2) of all T tokens -> (a cos − b sin, b cos + a sin, rest)."""
+        a, b, rest = x_BTH2K.split(self.parts, dim=-1)
+        return x_BTH2K * self.cos_T11K + torch.cat([b, a, rest], dim=-1) * self.sin_T11K
 
 
 class KVCache:
@@ -185,8 +186,8 @@ class Attention(nn.Module):
         # The fused projection is laid out (head, [q k v], head size), not (q k v, head, head size) as elsewhere: read it
         # the other way round and everything still runs, on garbage.
         qkv_BTH3K = self.query_key_value(x_BTD).view(B, T, self.num_heads, 3, -1)
-        turned_BTH2K = rotary(qkv_BTH3K[..., :2, :])
-        query_BHTK, key_BHSK, value_BHSK = (x_BTHK.transpose(1, 2) for x_BTHK in (*turned_BTH2K.unbind(3), qkv_BTH3K[..., 2, :]))
+        qk_BTH2K, value_BTH1K = qkv_BTH3K.split((2, 1), dim=3)
+        query_BHTK, key_BHSK, value_BHSK = (x_BTHK.transpose(1, 2) for x_BTHK in (*rotary(qk_BTH2K).unbind(3), value_BTH1K.squeeze(3)))
         if cache:
             key_BHSK, value_BHSK = cache.append(self.layer, key_BHSK, value_BHSK)
         # Softmax runs in float32 inside. A single new token sees all that is cached, so only T > 1 needs the causal mask; it comes while the
