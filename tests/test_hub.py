@@ -34,6 +34,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, at_hub = self.server.hub, self.server.storage is not None
+        self.path = self.path.removeprefix("http://hub.test")    # as a proxy is asked
         hub.seen.append((self.command, "hub" if at_hub else "storage", self.path, self.headers["Range"], self.headers["Authorization"]))
         if not at_hub:
             return self.content(next(data for data in hub.files.values() if hub.etag(data) == self.path[1:]), {})
@@ -213,6 +214,15 @@ def test_the_token_goes_to_the_first_host_only(hub, cache, monkeypatch):
     assert hub_file(REPO, "main", "large").read_bytes() == BYTES and hub_file(REPO, "main", "small").read_bytes() == b"{}"
     tokens = {at: {token for _, where, _, _, token in hub.seen if where == at} for at in ("hub", "storage")}
     assert tokens == {"hub": {"Bearer hf_secret"}, "storage": {None}} and "bytes=100-" in [start for _, _, _, start, _ in hub.take()]
+
+
+def test_behind_a_proxy_redirects_and_the_token_stay_with_the_hub(hub, monkeypatch):
+    hub.files, hub.token = {"f": b"{}"}, "secret"
+    monkeypatch.setenv("http_proxy", os.environ["HF_ENDPOINT"])
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.test")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert hub_file(REPO, "main", "f").read_bytes() == b"{}"
+    assert {(path.startswith("/moved"), token) for *_, path, _, token in hub.take()} == {(False, "Bearer secret"), (True, "Bearer secret")}
 
 
 def test_a_hub_that_is_none_or_cannot_be_reached_is_one_line(hub, monkeypatch):
