@@ -673,8 +673,8 @@ def mmcs(rows_FD: Tensor, others_GD: Tensor) -> float:
 def load_sae(path: str | Path, *, model: Pythia, model_name: str, layer: int, tokens_BT: Tensor | None = None) -> SAE:
     """Load what `SAE.save` or another library wrote (see `read_sae`), frozen.
 
-    UserError where it was made for another model, layer or width; and, where windows of text are given, if it explains no variance of
-    this layer's MLP output (looking at 16 of them): an SAE of another site loads without complaint as long as the widths agree.
+    UserError where it was made for another model, layer, width, or site than the MLP's output; and, where windows of text are given, if it
+    explains no variance of this layer's MLP output (looking at 16 of them): a file need not state its site.
     """
     file, description, tensors = read_sae(Path(path))
     with reading(file, f"with {description.name} no SAE of a known kind"):
@@ -695,10 +695,13 @@ def assemble(file: Path, description: Path, tensors: dict[str, Tensor], model: P
     found = {RENAMED.get(name, name): value.T if name.endswith("coder.weight") else value for name, value in tensors.items()}
     d_in, num_features = found["W_enc"].shape
     about, width = cfg | cfg.get("metadata", {}) | cfg.get("trainer", {}), model.cfg.hidden_size
-    made_for, made_layer = str(about.get("model_name") or about.get("lm_name") or model_name), stated_layer(file, about, layer)
+    site = stated_site(file, about)
+    made_for, made_layer = str(about.get("model_name") or about.get("lm_name") or model_name), stated_layer(about, site, layer)
     if made_for.split("/")[-1] != model_name.split("/")[-1] or (made_layer, d_in) != (layer, width):
         raise UserError(f"{file}: this SAE was made for model {made_for}, layer {made_layer}, width {d_in}; "
                         f"here are model {model_name}, layer {layer}, width {width}: train another (--out)")
+    if site and ("mlp" not in site or "mlp_in" in site):
+        raise UserError(f"{file}: this SAE was made for {site}, but RLHF edits the MLP's output: take one of that (hook_mlp_out)")
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     wanted = {"W_enc": (d_in, num_features), "W_dec": (num_features, d_in), "b_dec": (d_in,)} | dict.fromkeys(
         ("b_enc", "threshold", "r_mag", "b_mag"), (num_features,))
@@ -748,6 +751,8 @@ def sae_options(file: Path, cfg: dict, tensors: dict[str, Tensor]) -> tuple[int 
             raise ValueError(f"d_in {cfg['d_in']} and d_sae {cfg['d_sae']}, but W_enc is {tuple(tensors['W_enc'].shape)} there")
         if cfg.get("normalize_activations") not in (None, False, "none"):
             raise ValueError(f"normalize_activations {cfg['normalize_activations']!r}: fold it into the weights first")
+        if (activation := cfg.get("activation_fn_str", "relu")) not in ("relu", "topk"):
+            raise ValueError(f"activation_fn_str {activation!r} is not known here")
         k = (cfg.get("k") or cfg["activation_fn_kwargs"]["k"] or 0) if "topk" in (cfg.get("architecture"), cfg.get("activation_fn_str")) else None
         return k, cfg.get("apply_b_dec_to_input", True)
     if file.name == "sae.safetensors":
@@ -766,11 +771,16 @@ def sae_options(file: Path, cfg: dict, tensors: dict[str, Tensor]) -> tuple[int 
     return None, True
 
 
-def stated_layer(file: Path, about: dict, otherwise: int) -> int:
-    """-> the layer that the description or the folder's name (sparsify: layers.3.mlp) states; `otherwise` where neither does."""
+def stated_site(file: Path, about: dict) -> str:
+    """-> where in a model the description says that inputs were taken, or the folder's name (sparsify: layers.3.mlp); '' where neither does."""
+    folder = file.parent.name if file.name == "sae.safetensors" and "layers." in file.parent.name else ""
+    return str(next(filter(None, map(about.get, ("hook_name", "hook_point", "act_name", "submodule_name"))), folder))
+
+
+def stated_layer(about: dict, site: str, otherwise: int) -> int:
+    """-> the layer that the description or the site states; `otherwise` where neither does."""
     for key in ("hook_layer", "layer", "layers"):
         if about.get(key) is not None:
             return int(about[key][0] if isinstance(about[key], list) else about[key])
-    name = about.get("hook_name") or about.get("hook_point") or (file.parent.name if file.name == "sae.safetensors" else "")
-    number = re.search(r"(?:blocks|layers)\.(\d+)", name)
+    number = re.search(r"(?:blocks|layers)\.(\d+)", site)
     return int(number[1]) if number else otherwise

@@ -116,6 +116,20 @@ def test_other_libraries_files_encode_as_those_libraries_do(folder):
     assert "width 8" in complaint(load_sae, GOLDEN / folder, model=random_model(), **PLACE)
 
 
+@pytest.mark.parametrize("folder, key, site", [
+    ("saelens-Standard", "hook_name", "blocks.1.hook_resid_post"), ("saelens-Standard", "hook_name", "blocks.1.hook_mlp_in"),
+    ("dictionary_learning-AutoEncoder", "submodule_name", "resid_post_layer_1"), ("sparsify/layers.1.mlp", "", "layers.1"),
+    ("saelens-Standard", "activation_fn_str", "tanh-relu")])
+def test_saes_of_another_site_or_activation_are_refused(folder, key, site, tmp_path):
+    copied = shutil.copytree(GOLDEN / folder, tmp_path / (site if not key else "sae"))
+    path = next(copied.glob("c*f*g.json"))           # cfg.json, config.json
+    cfg = read_json(path)
+    for part in (cfg, cfg.get("metadata", {}), cfg.get("trainer", {})):
+        part[key] = site
+    write_json(path, cfg)
+    assert site in complaint(load_sae, copied, model=small_model(), **PLACE)
+
+
 def test_a_gated_sae_that_does_not_subtract_b_dec(tmp_path):
     """SAELens's formula, by hand: its own files in golden/ all subtract."""
     folder = shutil.copytree(GOLDEN / "saelens-Gated", tmp_path / "sae")
