@@ -81,8 +81,9 @@ def gain_at_kl(kl_E: np.ndarray, gain_E: np.ndarray, at: float) -> float:
 def gains_at_kls(runs: list[tuple[np.ndarray, np.ndarray]], kls: tuple[float, ...], draws: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     """-> mean over runs (one a seed; each kl_EP and gain_EP, the points of a frontier by held-out prompts) of the gain at each KL, (K,),
     NaN where a run does not come so far; and the same for `draws` bootstrap samples of seeds and of prompts, (draws, K). The samples are
-    the same in every call with as many seeds and prompts, so that differences between policies are paired. Where seeds differ and are
-    only two or three, intervals of their quantiles are too narrow: resampling S of them has (S − 1)/S of their variance."""
+    the same in every call with as many seeds and prompts, so that differences between policies are paired. Resampling both counts the
+    variance between S seeds (S − 1)/S times, and that of single cells, of a seed's samples for a prompt, 3 − 2/S times: where these
+    dominate, intervals of the quantiles are too wide, by up to 1.6; where two or three seeds differ much, too narrow."""
     def mean_gains(seeds: Sequence[int], prompts: np.ndarray | slice) -> list[float]:
         frontiers = [[x_EP[:, prompts].mean(1) for x_EP in runs[s]] for s in seeds]
         return [np.mean([gain_at_kl(kl_E, gain_E, at) for kl_E, gain_E in frontiers]) for at in kls]

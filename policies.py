@@ -282,6 +282,9 @@ def make_policy(name: str, model: Pythia, layers: list[int], saes: dict[int, SAE
     check_policy(name, edit, cfg)
     bias = edit == "scale+bias"
     if name == "full":
+        if model.dtype == torch.float16:
+            raise UserError("--policy full in float16: squares of small gradients are 0 there, so Adam's steps become hundreds of times too large; "
+                            "take --dtype float32 or bfloat16")
         if model.dtype.itemsize < 4:
             print(f"--policy full trains {model.dtype} weights here, in which small steps are rounded away: take --dtype float32 where memory allows")
         return WeightPolicy(model)

@@ -166,7 +166,8 @@ def stage_sweep(args: argparse.Namespace, cfg: SweepConfig, run: Run) -> dict:
         if cfg.rlhf:
             folders = [folder_of(cell, "rlhf") for cell in cells]
             gain, drawn = gains_at_kls([evaluations(folder) for folder in folders], (cfg.kl,))
-            figures |= {"gain": finite(gain.item())} | intervals("gain at", (cfg.kl,), gain, drawn)
+            shown = intervals("gain at", (cfg.kl,), gain, drawn)
+            figures |= {"gain": None if "not reached" in shown.values() else gain.item()} | shown
             figures |= means([read_json(folder / "metrics.json") for folder in folders])
         if "interpret" in stages:
             figures |= means([read_json(folder_of(cell, "interpret") / "metrics.json") for cell in cells], ("carriers",))

@@ -501,6 +501,8 @@ def test_full_in_bfloat16_says_what_it_costs(capsys):
     assert not capsys.readouterr().out
     make_policy("full", random_model().bfloat16(), [], {}, CFG)
     assert "--dtype float32" in capsys.readouterr().out
+    with pytest.raises(UserError, match="full in float16.*--dtype float32 or bfloat16"):
+        make_policy("full", random_model().half(), [], {}, CFG)
 
 
 @pytest.mark.parametrize("targets", [("dense",), ("query_key_value", "dense_4h_to_h")], ids=str)
@@ -654,3 +656,13 @@ def test_bootstrap_intervals_cover_what_they_should():
     assert np.mean(spreads) == pytest.approx(np.std(means), rel=0.3)
     better = [(kl_EP, gain_EP + 0.1) for kl_EP, gain_EP in runs]
     assert (gains_at_kls(better, (4.0,), 100)[1] - gains_at_kls(runs, (4.0,), 100)[1]).std() < 1e-9
+
+
+@pytest.mark.parametrize("seed_sd, prompt_sd, cell_sd", [(0.3, 0.0, 0.0), (0.0, 2.0, 0.0), (0.0, 0.0, 2.0), (0.1, 0.5, 1.0)])
+def test_the_bootstrap_counts_cells_more_than_once_as_its_docstring_says(seed_sd, prompt_sd, cell_sd):
+    rng, S, P, variances = np.random.default_rng(0), 4, 60, []
+    for _ in range(30):
+        gain_SP = seed_sd * rng.normal(size=(S, 1)) + prompt_sd * rng.normal(size=P) + cell_sd * rng.normal(size=(S, P))
+        variances.append(gains_at_kls([(np.full((1, P), 4.0), gain_P[None]) for gain_P in gain_SP], (4.0,), 50)[1].var())
+    expected = (S - 1) / S * seed_sd ** 2 / S + prompt_sd ** 2 / P + (3 - 2 / S) * cell_sd ** 2 / (S * P)
+    assert np.mean(variances) == pytest.approx(expected, rel=0.25)

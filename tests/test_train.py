@@ -336,6 +336,10 @@ def test_sweep_trains_each_cell_once(tmp_path, monkeypatch):
     assert run(*options, "--resume", out=tmp_path) == 0
     assert len(stamps) == 6 and stamps == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("sweep-*/*/metrics.json"))]
     assert [row.get("carriers") for row in read_json(tmp_path / "sweep" / "metrics.json")["cells"]] == [7, None]
+    monkeypatch.setattr(train, "gains_at_kls", lambda runs, kls: (np.array([0.5]), np.array([[np.nan], *[[0.5]] * 9])))      # many samples end before
+    (tmp_path / "sweep" / "metrics.json").unlink()
+    assert run(*options, "--resume", out=tmp_path) == 0
+    assert all(row["gain"] is None and row["gain at 0.001"] == "not reached" for row in read_json(tmp_path / "sweep" / "metrics.json")["cells"])
 
 
 def test_lm_and_reward_stages(tmp_path):
