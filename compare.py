@@ -82,8 +82,8 @@ def gains_at_kls(runs: list[tuple[np.ndarray, np.ndarray]], kls: tuple[float, ..
     """-> mean over runs (one a seed; each kl_EP and gain_EP, the points of a frontier by held-out prompts) of the gain at each KL, (K,),
     NaN where a run does not come so far; and the same for `draws` bootstrap samples of seeds and of prompts, (draws, K). The samples are
     the same in every call with as many seeds and prompts, so that differences between policies are paired. Resampling both counts the
-    variance between S seeds (S − 1)/S times, and that of single cells, of a seed's samples for a prompt, 3 − 2/S times: where these
-    dominate, intervals of the quantiles are too wide, by up to 1.6; where two or three seeds differ much, too narrow."""
+    variance between S seeds (S − 1)/S times, and that of single cells, of a seed's samples for a prompt, 3 − 2/S times: where cells
+    dominate, intervals of the quantiles are too wide, by √(3 − 2/S); where two or three seeds differ much, too narrow, by √(1 − 1/S)."""
     def mean_gains(seeds: Sequence[int], prompts: np.ndarray | slice) -> list[float]:
         frontiers = [[x_EP[:, prompts].mean(1) for x_EP in runs[s]] for s in seeds]
         return [np.mean([gain_at_kl(kl_E, gain_E, at) for kl_E, gain_E in frontiers]) for at in kls]

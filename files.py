@@ -217,8 +217,8 @@ class SameHostRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request: urllib.request.Request, *answer: object) -> urllib.request.Request | None:
         new = super().redirect_request(request, *answer)         # has the request's headers, but not the unredirected ones
-        hosts = [urllib.parse.urlsplit(each.full_url)[:2] for each in (new, request)]            # not request.host, which may be a proxy's
-        if hosts[0] == hosts[1]:
+        new_host, host = (urllib.parse.urlsplit(each.full_url)[:2] for each in (new, request))   # not request.host, which may be a proxy's
+        if new_host == host:
             new.unredirected_hdrs = request.unredirected_hdrs
         elif request.method == "HEAD":
             return None

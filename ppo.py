@@ -120,7 +120,7 @@ def select(value: Any, rows: Tensor | slice) -> Any:
     """-> the given rows (episodes) of a tensor, of all in a named tuple, or of None."""
     if isinstance(value, tuple):
         return type(value)(*(select(part, rows) for part in value))
-    return None if value is None else value[rows] if isinstance(rows, slice) else value.index_select(0, rows)     # faster than [rows]
+    return None if value is None else value[rows]
 
 
 def join(parts: Sequence) -> Any:

@@ -128,7 +128,8 @@ class Rotary:
         exponent = torch.arange(0, cfg.rotary_dims, 2, device=device, dtype=torch.float32) / cfg.rotary_dims
         angle_TP = torch.outer(torch.arange(num_positions, device=device, dtype=torch.float32), float(cfg.rotary_base) ** -exponent)
         pairs, rest = cfg.rotary_dims // 2, cfg.head_size - cfg.rotary_dims
-        angle_TK = F.pad(torch.cat([-angle_TP, angle_TP], dim=1), (0, rest))                   # P: pairs; what passes through is turned by 0
+        # P: pairs. The minus is that of a cos − b sin, as cos −x = cos x; what passes through is turned by 0.
+        angle_TK = F.pad(torch.cat([-angle_TP, angle_TP], dim=1), (0, rest))
         self.cos_T11K, self.sin_T11K = (x_TK[:, None, None].to(dtype) for x_TK in (angle_TK.cos(), angle_TK.sin()))
         self.parts = (pairs, pairs, rest)
 
@@ -141,7 +142,7 @@ class Rotary:
     def __call__(self, x_BTH2K: Tensor) -> Tensor:
         """Turn queries and keys (2) of all T tokens -> (a cos − b sin, b cos + a sin, rest)."""
         a, b, rest = x_BTH2K.split(self.parts, dim=-1)
-        return x_BTH2K * self.cos_T11K + torch.cat([b, a, rest], dim=-1) * self.sin_T11K
+        return x_BTH2K * self.cos_T11K + torch.cat([b, a, rest], dim=-1) * self.sin_T11K        # on a CPU faster than by parts, which are short
 
 
 class KVCache:
