@@ -445,7 +445,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--sae-l0", "many"], "--sae-l0"),
     (["--reward", "no-such-model"], "not found"),
     (["--gold", "no-such-model"], "not found"),
-    (["--reward", "tiny"], "head.weight"),
+    (["--reward", "tiny", "--policy", "full"], "head.weight"),           # which needs no SAE
     (["--reward", "avoid:no-such-file"], "no-such-file"),
     (["--reward", ""], "--reward is needed"),
     (["--reward", f"prefer:{ROOT / 'assets' / 'avoid.txt'}"], "'prefer' is no kind of function of texts; there is avoid"),
@@ -460,7 +460,7 @@ def broken_model(tmp_path: Path, **changes) -> Path:
     (["--stage", "compare", "--compare-runs", "steer; coef --reward avoid:no-such-file"], "no-such-file"),
     (["--stage", "sweep", "--reward", "avoid:no-such-file"], "no-such-file"),
     (["--rlhf-episodes", "10", "--rlhf-minibatches", "4"], "--rlhf-episodes"),
-    (["--rlhf-eval-size", "1"], "--eval-prompts"),
+    (["--rlhf-eval-size", "1", "--policy", "full"], "--eval-prompts"),
     (["--rlhf-lr", "nan"], "--rlhf-lr"),
     (["--rlhf-clip", "-1"], "--rlhf-clip must be positive"),
     (["--rlhf-keep", "-5"], "--rlhf-keep"),
